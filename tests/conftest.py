@@ -1,4 +1,4 @@
-"""For all tests: nothing may be left behind, and hypothesis finds the same examples everywhere."""
+"""Fixtures for all tests: leaks fail a test, and random draws and hypothesis's examples are the same everywhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 os.environ[MARK] = str(os.getpid())
 
-# One thread a process, as several share a core. Lightning would choose otherwise, and threads change the last bit.
+# One thread per process, as several share a core. Lightning would choose more, and threads change the last bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -34,7 +34,7 @@ hypothesis.settings.load_profile("suite")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
-    """With `-n`: who takes which tests."""
+    """Assigns tests to the processes of ``-n``."""
     return Files(config, log)
 
 
@@ -47,7 +47,7 @@ def leaves_nothing_behind() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def the_same_chance() -> None:
-    """Whatever a test draws, it draws in every order of the tests."""
+    """Seed torch, so that a test draws the same numbers in any order of the tests."""
     torch.manual_seed(0)
 
 

@@ -1,8 +1,8 @@
 """Runs a short part of the tests with other versions of Python, torch and Lightning: ``make matrix``.
 
-For each version of torch an environment is made, used with each version of Lightning, and removed; it takes six GB and
+For each version of torch an environment is made, used with each version of Lightning, and removed; each takes 6 GB and
 some ten minutes. The table in ``docs/versions.md`` keeps the last result of each combination. Arguments name versions
-of torch, as ``2.10 2.15``; without one all are run. The oldest torch gets the oldest Python that is installed, the
+of torch, such as ``2.10 2.15``; without one all are run. The oldest torch gets the oldest installed Python, the
 newest torch the newest, and those between what lies between.
 """
 
@@ -33,14 +33,14 @@ PAGE = ROOT / "docs" / "versions.md"
 
 TORCH = ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
 LIGHTNING = ("2.5.0", "2.6.*")
-"""The oldest that pyproject.toml accepts, and the newest."""
+"""The oldest version that pyproject.toml accepts, and the newest."""
 
 PART = (
     *("tests/unit/checkpoint", "tests/unit/checks", "tests/unit/comm", "tests/unit/engine", "tests/unit/faults"),
     *("tests/unit/methods/resist", "tests/unit/state", "tests/unit/strategies", "tests/unit/callbacks"),
     "tests/integration/test_fit.py",
 )
-"""What touches torch and Lightning most closely, and trainings of two processes."""
+"""The tests closest to torch and Lightning, and trainings of two processes."""
 
 FREE_GB = 10
 LIMIT_SECONDS = 1200
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def key(self) -> tuple[tuple[int, ...], ...]:
-        """What a later run replaces: minor versions, but Lightning's exactly."""
+        """The key of a row, which a later run replaces: minor versions, but Lightning's exact one."""
         return (_numbers(self.torch)[:2], _numbers(self.lightning), _numbers(self.python)[:2])
 
 
@@ -101,9 +101,9 @@ def read(page: str) -> list[Row]:
 
 
 def installed_pythons() -> list[Path]:
-    """Interpreters that can be used, oldest version first, one for each minor version."""
+    """Usable interpreters, oldest version first, one for each minor version."""
     found: dict[tuple[int, ...], Path] = {}
-    # Before PATH, where pyenv has programs that only say that a version is not chosen.
+    # Before PATH, where pyenv's shims may only print that a version is not selected.
     folders = [*sorted(Path.home().glob(".pyenv/versions/*/bin")), *os.environ["PATH"].split(os.pathsep)]
     for minor in range(10, 15):
         for folder in folders:
@@ -114,13 +114,13 @@ def installed_pythons() -> list[Path]:
 
 
 def python_for(torch: str, pythons: Sequence[Path]) -> Path:
-    """The interpreter for a version of torch: all get their turn, the oldest and the newest at the ends."""
+    """The interpreter for a version of torch: spread evenly, from the oldest to the newest."""
     place = TORCH.index(torch) / (len(TORCH) - 1)
     return pythons[round(place * (len(pythons) - 1))]
 
 
 def requirements() -> list[str]:
-    """What the package and its tests need, by pyproject.toml."""
+    """The requirements of the package and its tests in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     return [*project["dependencies"], *extras["experiments"], *extras["test"]]
@@ -133,7 +133,7 @@ def pip(python: Path, *wanted: str) -> None:
 
 
 def versions(python: Path) -> tuple[str, str, str]:
-    """Of Python, torch and Lightning in an environment."""
+    """The versions of Python, torch and Lightning in an environment."""
     program = (
         "import json, platform; from importlib.metadata import version as v; "
         "print(json.dumps([platform.python_version(), v('torch'), v('lightning')]))"
@@ -160,7 +160,7 @@ def run_part(python: Path, folder: Path) -> Row:
         timeout=LIMIT_SECONDS,
     )
     seconds = round(time.monotonic() - start)
-    if done.returncode not in (0, 1):  # no tests were run to the end
+    if done.returncode not in (0, 1):  # the test run was not completed
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     cases = list(ET.parse(report).getroot().iter("testcase"))
     failing = sorted(
@@ -194,11 +194,11 @@ def run_torch(torch: str, python: Path) -> Iterable[Row]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the versions of torch that are named, all without one; fail if a test does."""
+    """Run the given versions of torch, or all; fail if a test does."""
     unknown = set(arguments) - set(TORCH)
     if unknown:
         sys.exit(f"error: {', '.join(sorted(unknown))} is no version of torch here: {', '.join(TORCH)}.")
-    # Jobs in the background of a shell ignore Ctrl-C, and what they start does: tests of signals would fail.
+    # Background jobs of a shell ignore Ctrl-C, and so do their children: tests of signals would fail.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     pythons = installed_pythons()
     failed = 0

@@ -23,13 +23,13 @@ AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Mutant:
-    """One small break of the code.
+    """A small break of the code.
 
     Args:
-        name: what is broken, for the table.
+        name: the broken behaviour, for the table.
         file: within ``resist_lightning``.
         old: the line or expression that is replaced; it stands in the file exactly once.
-        new: what takes its place.
+        new: its replacement.
         tests: pytest arguments; at least one of these tests must fail.
     """
 
@@ -765,7 +765,7 @@ def applied(text: str, mutant: Mutant) -> str:
 
 
 def run(mutant: Mutant) -> tuple[str, float]:
-    """Whether a mutant is killed, and the seconds that it took."""
+    """Run a mutant's tests; returns whether it is killed, and the seconds."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for name in COPIED:
@@ -774,7 +774,7 @@ def run(mutant: Mutant) -> tuple[str, float]:
         shutil.copy(ROOT / "pyproject.toml", folder)
         path = Path(folder, "resist_lightning", mutant.file)
         path.write_text(applied(path.read_text(), mutant))
-        # `-m` puts the copy before the installed package.
+        # `-m` gives the copy precedence over the installed package.
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
         try:
             done = subprocess.run(
@@ -788,7 +788,7 @@ def run(mutant: Mutant) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Run the mutants whose names contain the arguments, all without one; fail if one survives."""
+    """Run the mutants whose names contain the arguments, or all; fail if one survives."""
     wanted = [m for m in MUTANTS if not sys.argv[1:] or any(part in m.name for part in sys.argv[1:])]
     survivors = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -1,4 +1,4 @@
-"""Composes configurations as the command line does, without starting anything."""
+"""Composes configurations as on the command line, without starting anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A wrong command line is one line on stderr and exit code 2, before there is a folder or a process."""
+"""A wrong command line gives one line on stderr and exit code 2, before there is a folder or a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file in conf/ composes, passes the check and instantiates; and a user's own network and data do."""
+"""Every file in conf/ composes, passes the check and instantiates, also with a user's own network and data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from experiments.train import build_trainer
 from tests.conf.conftest import Compose
 from tests.helpers.programs import ROOT, run_module
 
-# What is in common/ is a part of other files, and no choice.
+# Files in common/ are parts of other files, not options.
 FILES = sorted(
     path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml") if path.parent.name != "common"
 )
@@ -223,7 +223,7 @@ def test_a_network_and_data_of_the_users_own_train_from_outside(
             check_command_line("train", check_train, [*own, option])
         assert capsys.readouterr().err.startswith(message)
 
-    # What Hydra reads next: it refuses a key that no file has, unless it is added.
+    # The arguments for Hydra, which refuses a key that no file has, unless it is added.
     monkeypatch.setattr(sys, "argv", ["train.py", *own, "-m", "model.width=8,12", "+data.count=60"])
     check_command_line("train", check_train)
     assert sys.argv == ["train.py", "-m", *own, "++model.width=8,12", "+data.count=60"]

@@ -1,4 +1,4 @@
-"""Batches of real workers: those of seeded loaders agree, others are found to differ."""
+"""Comparison of batches between real workers: those of seeded loaders agree, others are found to differ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_noise(samples: list[list[torch.Tensor]]) -> list[torch.Tensor]:
 
 
 def agree(worker: int, seeded: bool) -> int:
-    """Number of batches that were the same, on a worker whose generators are in a state of their own."""
+    """Number of batches that all workers had alike, on a worker with random generators in a state of their own."""
     torch.manual_seed(worker)
     data = TensorDataset(torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6))
     loader = DataLoader(data, batch_size=4, collate_fn=add_noise)

@@ -1,4 +1,4 @@
-"""What real processes that train stages say and keep, step by step, and what looking at the full model changes."""
+"""Messages and memory of real processes that train stages, step by step; observing the full model changes nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RUNS = {
 
 @dataclass
 class Step:
-    """What a worker said and kept in a step."""
+    """A worker's messages and memory in a step."""
 
     calls: list[Call]
     counted: Counter[str]
@@ -48,7 +48,7 @@ class Step:
 
 @dataclass
 class History:
-    """What a worker did in a run."""
+    """A worker's record of a run."""
 
     steps: list[Step] = field(default_factory=list)
     objects_stayed: bool = True
@@ -87,7 +87,7 @@ def train(run: Run, workers: int) -> History:
 
 
 def refusals(worker: int, run: Run, workers: int) -> list[str]:
-    """What a worker says that is asked for what its stage alone cannot do."""
+    """The errors of a worker that is asked for what a stage alone cannot do."""
     engine, _ = start_engine(run, workers)
     x, _ = batch_of(run, 0)
     found = []
@@ -109,12 +109,12 @@ def refusals(worker: int, run: Run, workers: int) -> list[str]:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def trained(request: pytest.FixtureRequest) -> list[dict[str, History]]:
-    """For each worker, what it did in each run."""
+    """For each worker, its record of each run."""
     return run_workers(train_all, request.param, request.param)
 
 
 def shapes_of(run: Run, workers: int) -> tuple[list[int], int]:
-    """Entries of each boundary, and of the output, of a sample: by running the network."""
+    """Numbers per sample at each boundary and in the output, found by running the network."""
     net, found = make_net(run), []
     for name in CUTS[run.net][workers]:
         net.get_submodule(name).register_forward_hook(lambda *call: found.append(call[2][0].numel()))
@@ -122,7 +122,7 @@ def shapes_of(run: Run, workers: int) -> tuple[list[int], int]:
     return found, output[0].numel()
 
 
-# ------------------------------------------------------------------ what is said
+# ------------------------------------------------------------------ messages
 
 
 def test_bytes_counted_are_the_closed_form_for_every_worker_step_and_kind(trained: list[dict[str, History]]) -> None:
@@ -189,7 +189,7 @@ def bytes_of_late_gradients(worker: int, workers: int) -> Counter[str]:
 
 
 def test_late_gradients_send_in_a_run_what_guesses_send() -> None:
-    """By steps they differ: a gradient of the last batches comes when the network is put together."""
+    """Step by step they differ: gradients of the last batches are sent when the full model is assembled."""
     workers = 3
     boundaries, output = shapes_of(LATE, workers)
     samples = sum(len(batch_of(LATE, number)[0]) for number in range(LATE.steps))
@@ -200,7 +200,7 @@ def test_late_gradients_send_in_a_run_what_guesses_send() -> None:
         assert counted["output"] == samples * to_others * 8
 
 
-# ------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------ memory
 
 
 SLOTS = {"sgd": 1, "adamw": 2}
@@ -218,7 +218,7 @@ def test_a_worker_keeps_its_stage_with_gradients_and_state_and_no_byte_more(trai
             kept.update(list(mine))
             parameters = [tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)]
             expected = sum((2 + SLOTS[run.optimizer]) * parameter.nbytes for parameter in parameters)
-            expected += 4 * len(parameters) * (run.optimizer == "adamw")  # which counts its steps
+            expected += 4 * len(parameters) * (run.optimizer == "adamw")  # AdamW counts its steps
             for step in trained[worker][name].steps:
                 assert step.absent == tensors - set(mine)
                 assert step.kept_bytes == expected > 0
@@ -241,7 +241,7 @@ def test_a_stage_cannot_be_evaluated_and_says_what_can() -> None:
         assert f"it belongs to the stage of worker {1 - worker}, and this is worker {worker}" in saved
 
 
-# ------------------------------------------------------------------ what changes nothing
+# ------------------------------------------------------------------ observations
 
 
 def final(worker: int, runs: list[Run], workers: int) -> list[tuple[dict[str, Tensor], list[float], dict[str, Any]]]:
@@ -253,7 +253,7 @@ def final(worker: int, runs: list[Run], workers: int) -> list[tuple[dict[str, Te
 
 
 def test_looking_at_the_full_model_in_the_middle_changes_nothing() -> None:
-    """Not the weights, the auxiliary networks, the losses or what a worker remembers; bit for bit."""
+    """Bit for bit the same: weights, auxiliary networks, losses, and the worker's state."""
     run = replace(RUNS["batch norm"], config=replace(RUNS["batch norm"].config, local_steps=3, multiplier_every=3))
     watched = replace(run, observe_at=(0, 1, 2, 4, 5))
     for plain, observed in run_workers(final, 2, [run, watched], 2):
@@ -264,7 +264,7 @@ def test_looking_at_the_full_model_in_the_middle_changes_nothing() -> None:
 
 
 class Tempered(nn.Module):
-    """A network inside of a module that has a parameter of its own."""
+    """A module with a network inside, and a parameter of its own."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()

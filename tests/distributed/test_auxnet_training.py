@@ -1,4 +1,4 @@
-"""Stages in real gloo processes train what one process does that computes the same schedule (check 6 of section 8).
+"""Stages in real gloo processes train as one process that computes the same schedule (check 6 of section 8).
 
 All is in double precision. In steps that wait for each other, and for one worker, the numbers are those of plain
 back-propagation bit for bit, and with late gradients those of the simulator. In the other steps engine and simulator
@@ -113,7 +113,7 @@ SERIAL = ("warm-up only", "serial always", "tensors of its own, serial", "delaye
 
 @dataclass
 class Trained:
-    """What a worker ended with."""
+    """A worker's results at the end."""
 
     state: dict[str, Tensor]
     losses: list[float]
@@ -137,13 +137,13 @@ def train(worker: int, run: Run) -> Trained:
 
 @pytest.fixture(scope="module")
 def trained() -> list[dict[str, Trained]]:
-    """For each of three workers, which have the first stage, one between, and the last: what it ended each run with."""
+    """For each of three workers, with the first stage, one between, and the last: its results of each run."""
     return run_workers(train_all, 3)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the processes: sums in another order differ in their last digits."""
+    """Use one thread, as the processes do: sums in another order differ in their last digits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -206,7 +206,7 @@ def test_late_gradients_are_those_of_the_simulator_bit_for_bit(trained: list[dic
     for worker in trained:
         assert worker[name].losses == losses
         for key, value in expected.items():
-            if "running" not in key:  # which are means of all workers, estimated anew
+            if "running" not in key:  # re-estimated, as means over all workers
                 assert torch.equal(worker[name].state[key], value), key
 
 
@@ -221,7 +221,7 @@ def test_steps_that_wait_for_each_other_are_plain_back_propagation_bit_for_bit(
         state, _ = plain_training(RUNS[name])
         compared = 0
         for key, value in trained[0][name].state.items():
-            if "running" not in key:  # which are estimated anew
+            if "running" not in key:  # re-estimated
                 assert torch.equal(value, state[key]), (name, key)
                 compared += 1
         assert compared > 10

@@ -1,4 +1,4 @@
-"""Real processes train what one computes by hand on a chain of scalars: no simulator, no torch on the other side."""
+"""Real processes train the values computed by hand on a chain of scalars, with no simulator and no torch."""
 
 from __future__ import annotations
 

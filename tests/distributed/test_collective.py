@@ -1,4 +1,4 @@
-"""The verbs that talk, each by itself, over gloo."""
+"""The operations of a collective, each by itself, over gloo."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_verbs_and_what_they_count():
 
 
 def ring(worker):
-    """Two buffers to the right, one to the left."""
+    """Send two buffers to the right, and one to the left."""
     collective = GroupCollective()
     workers, right, left = collective.workers, (worker + 1) % collective.workers, (worker - 1) % collective.workers
     sends = {right: [torch.full((3,), worker), torch.full((2,), worker / 2)], left: [torch.full((1,), 10 + worker)]}
@@ -76,7 +76,7 @@ def test_messages_of_several_buffers_arrive_in_order():
 
 
 class Unstaged(GroupCollective):
-    """Sends tensors from where they are and polls, as under NCCL; gloo's messages alone cannot be polled."""
+    """Sends tensors without staging and polls, as under NCCL; only gloo's messages cannot be polled."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ def test_operations_that_are_polled_and_the_greeting_of_all_pairs():
 
 
 def wait_for_a_late_worker(worker):
-    """Worker 1 comes late, once, and then not at all."""
+    """Worker 1 is late once, and then does not come at all."""
     began = time.monotonic()
 
     def check():
@@ -151,7 +151,7 @@ def test_a_group_of_one_is_no_group():
 
 
 def rejoin(worker, port):
-    """Groups one after the other; worker 0 comes late each time, so that its last address is all there is to find."""
+    """Join groups one after another; worker 0 is late each time, so at first only its old address can be found."""
     workers = dist.get_world_size()
     destroy_group()
     sums = []
@@ -175,7 +175,7 @@ def test_a_quick_worker_does_not_find_the_group_before():
 
 
 def default_backends(worker, ports):
-    """A group as a plain loop makes it: without a backend, as torch recommends, or with one for each kind of device."""
+    """Groups as in a plain loop: without a backend, as torch recommends, or with one for each kind of device."""
     workers, found = dist.get_world_size(), []
     for port, backend in zip(ports, (None, "cpu:gloo", "cpu:gloo,cuda:gloo"), strict=True):
         destroy_group()

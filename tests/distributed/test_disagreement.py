@@ -33,7 +33,7 @@ def until(steps: int) -> Engine:
 
 
 def fill(engine: Engine, worker: int) -> dict[str, torch.Tensor]:
-    """Give the worker weights of its own, and remember them."""
+    """Give the worker weights of its own; returns a copy of them."""
     with torch.no_grad():
         for tensor in present_tensors(engine.module).values():
             tensor.fill_(worker + 1)
@@ -74,7 +74,7 @@ def follows_another_rate(worker: int) -> tuple[Engine, Callable[[], None]]:
     engine = engine_for(Config(local_steps=QSR(1, 0.1), min_blocks=1))
     engine.start()
     engine.count_step()
-    if worker == ODD:  # its next round would be of a hundred steps, at whose end nobody waits for it any more
+    if worker == ODD:  # its next round would have a hundred steps, and no worker would wait at its end
         engine.states.optimizers[0].param_groups[0].update(lr=0.01)
     return engine, engine.sync_if_due
 
@@ -157,7 +157,7 @@ SYNC_AGAINST_OBSERVATION = ("out of data early", "validates alone")
 
 
 def play(worker: int, names: list[str]) -> dict[str, Any]:
-    """All scenes in one group: an error in a header leaves it usable."""
+    """Play all scenes in one group, which an error in a header leaves usable."""
     told = {}
     for name in names:
         engine, act = SCENES[name][1](worker)
@@ -192,7 +192,7 @@ def test_every_disagreement_is_told_to_all_workers_at_once_and_nothing_is_mixed(
         said = SCENES[name][0]
         assert all(name in worker for worker in told), f"{name}: somebody did not notice"
         message = told[0][name][0]
-        said = said if ":" in said or "more" in said else f"({said}: worker 0"  # of a header, or of a start
+        said = said if ":" in said or "more" in said else f"({said}: worker 0"  # from a header, or from a start
         assert said in message, (name, message)
         assert "No weights were mixed" in message
         for worker in told:

@@ -1,4 +1,4 @@
-"""Nothing spreads or diverges in silence: unequal tensors after a sync are named, and NaN before one is caught."""
+"""No silent divergence: unequal tensors after a sync are named, and NaN before one is caught."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def present(engine: Engine) -> dict[str, Tensor]:
 
 
 def flip_after_the_sync(engine: Engine, name: str) -> None:
-    """One bit, in the moment between the last message of a sync and the first local step."""
+    """Flip a bit between the last message of a sync and the first local step."""
     finish = engine.sync.replicated_tensors
 
     def faulty(round: int) -> dict[str, Tensor]:
@@ -207,7 +207,7 @@ State = dict[str, Tensor]
 
 
 def play_drop(worker: int, seen: bool) -> dict[str, tuple[State, State, State, list[str], bool]]:
-    """For each case: what the worker had when the round began, when it ended, and the full model after; warnings."""
+    """For each case: the worker's tensors when the round began and ended, the full model after, and warnings."""
     played = {}
     for case, config in DROPS.items():
         engine, optimizer = engine_for(replace(config, non_finite="drop"))
@@ -229,9 +229,9 @@ def play_drop(worker: int, seen: bool) -> dict[str, tuple[State, State, State, l
             with engine.full_model():
                 full = clone_state(engine.module)
         back = present(engine)
-        if seen:  # an evaluation changes nothing
+        if seen:  # an evaluation must change nothing
             unchanged = all(torch.equal(back[k].nan_to_num(7), had[k].nan_to_num(7)) for k in had)
-        else:  # and the training goes on
+        else:  # and the training must go on
             train(engine, optimizer, worker, 3)
             unchanged = all(bool(t.isfinite().all()) for t in present(engine).values())
         said = [str(w.message) for w in caught if "Left out" in str(w.message)]
@@ -258,7 +258,7 @@ def test_a_worker_that_is_left_out_gets_the_mean_of_the_others_and_its_own_block
             else:
                 expected = torch.stack(values).max(0).values
             tolerance = 1e-6
-            if case == "fewer bits" and not seen:  # of blocks the values are rounded, of shared tensors the changes
+            if case == "fewer bits" and not seen:  # values of blocks are rounded, and changes of shared tensors
                 moved = (expected - played[0][0].get(name, expected)).abs().max().item()
                 tolerance = 0.02 if name.startswith("section3") else 0.02 * moved + 1e-6
             for *_, full, _, _ in played:

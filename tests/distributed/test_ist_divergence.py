@@ -1,4 +1,4 @@
-"""IST by real processes: NaN before a sync is caught and named, and what should be equal after one is compared."""
+"""IST by real processes: NaN before a sync is caught and named, and replicas are compared after one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.training import clone_state, held_tensors, train_step
 
 WORKERS, ODD = 3, 1
 CONFIG = NeuronConfig(min_share=0, local_steps=2, batch_norm="running", check="full")
-BIAS = "8.bias"  # of the output, which all workers hold
+BIAS = "8.bias"  # of the output layer, held by all workers
 
 
 def train(engine: Engine, optimizer: Any, run: Run, worker: int, steps: int) -> None:
@@ -32,7 +32,7 @@ def train(engine: Engine, optimizer: Any, run: Run, worker: int, steps: int) -> 
 
 
 def flip_after_the_sync(engine: Engine) -> None:
-    """One bit of the output bias, between the last message of a sync and the first local step."""
+    """Flip a bit of the output bias between the last message of a sync and the first local step."""
     equal = engine.sync.replicated_tensors
 
     def faulty(_: Sync[Any], round: int) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ DROPS = {
 
 
 def play_drop(worker: int, seen: bool) -> dict[str, Any]:
-    """For each case: the full model when the round began, what the worker had when it ended, the full model after."""
+    """For each case: the full model when the round began, the worker's tensors when it ended, the full model after."""
     played = {}
     for case, run in DROPS.items():
         engine, optimizer = start_engine(run)

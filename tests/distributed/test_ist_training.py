@@ -1,4 +1,4 @@
-"""IST by real gloo processes: what the simulator trains, in as many bytes as the closed form says, and no more memory.
+"""IST by real gloo processes: weights of the simulator, bytes of the closed form, and memory of the slices alone.
 
 Each number of workers trains all runs in one set of processes.
 """
@@ -48,7 +48,7 @@ RUNS = {
 
 @dataclass
 class Step:
-    """What a worker said and kept in a step."""
+    """A worker's messages and memory in a step."""
 
     training: list[Call]
     syncing: list[Call]
@@ -61,7 +61,7 @@ class Step:
 
 @dataclass
 class History:
-    """What a worker did in a run, and what it ended with."""
+    """A worker's record of a run, and its weights at the end."""
 
     steps: list[Step] = field(default_factory=list)
     final: dict[str, Tensor] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def train(worker: int, run: Run) -> History:
 
 
 def inner_bytes(engine: Any, optimizer: Any) -> int:
-    """Of the matrices with hidden neurons on both sides, with gradients and state."""
+    """Bytes of the matrices between hidden layers, with gradients and state."""
     found = 0
     for name in engine.layout.inner():
         parameter = engine.module.get_parameter(name)
@@ -106,7 +106,7 @@ def inner_bytes(engine: Any, optimizer: Any) -> int:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def trained(request: pytest.FixtureRequest) -> list[dict[str, History]]:
-    """For each worker, what it did in each run."""
+    """For each worker, its record of each run."""
     return run_workers(train_all, request.param)
 
 
@@ -120,7 +120,7 @@ def has_several_holders(run: Run) -> bool:
     return run.config.min_share != 0 or run.config.growth is not None
 
 
-# ------------------------------------------------------------------ what is trained
+# ------------------------------------------------------------------ weights
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -138,7 +138,7 @@ def test_processes_train_what_the_simulator_trains(trained: list[dict[str, Histo
 def test_entries_that_were_in_no_slice_are_what_they_were_bit_for_bit(
     trained: list[dict[str, History]], name: str
 ) -> None:
-    """Check 4 of section 8, over all rounds; all other entries of what trains have changed."""
+    """Check 4 of section 8, over all rounds; of trained tensors nearly all other entries have changed."""
     run, workers = RUNS[name], len(trained)
     layout, net = layout_of(run, workers), make_net(run)
     first, untouched = clone_state(net), 0
@@ -161,7 +161,7 @@ def test_entries_that_were_in_no_slice_are_what_they_were_bit_for_bit(
         elif name != "biases, running statistics, keep":  # before batch norm they have no gradient
             assert (final[~never] != first[key][~never]).float().mean() > 0.95
         untouched += int(never.sum())
-    # With several holders, every entry may have met one in so many rounds.
+    # With several holders, every entry may have been in a slice after so many rounds.
     assert has_several_holders(run) or (untouched > 0) == bool(layout.inner())
 
 
@@ -169,7 +169,7 @@ def test_parameters_are_the_same_objects_all_the_time(trained: list[dict[str, Hi
     assert all(history.objects_stayed for worker in trained for history in worker.values())
 
 
-# ------------------------------------------------------------------ what is said
+# ------------------------------------------------------------------ messages
 
 
 def syncs(run: Run, history: History) -> list[Step]:
@@ -225,7 +225,7 @@ def test_between_two_syncs_nobody_says_a_word_and_no_group_is_ever_made(trained:
 
 
 def test_a_worker_sends_every_other_at_most_one_message_of_each_data_type(trained: list[dict[str, History]]) -> None:
-    """However many tensors there are; and every receive is posted before any send. Before that, one for the means."""
+    """However many tensors there are, with receives posted before sends; with several holders another one for means."""
     sent, received, times = Counter[Any](), Counter[Any](), Counter[Any]()
     for worker, histories in enumerate(trained):
         for name, history in histories.items():
@@ -233,7 +233,7 @@ def test_a_worker_sends_every_other_at_most_one_message_of_each_data_type(traine
                 verbs = [call.verb for call in sync.syncing]
                 assert set(verbs) <= {"_allgather_base_", "allreduce_", "send", "recv_"}
                 assert verbs.count("_allgather_base_") == 1
-                assert verbs.count("allreduce_") <= 2  # of numbers, and of the batches that batch norm has counted
+                assert verbs.count("allreduce_") <= 2  # of floats, and of batch norm's counters of batches
                 messages = [verb for verb in verbs if verb in ("send", "recv_")]
                 begins = [verb for verb, _ in groupby(messages)]  # "recv_" before "send", once or twice
                 assert begins == ["recv_", "send"] * (len(begins) // 2)
@@ -249,7 +249,7 @@ def test_a_worker_sends_every_other_at_most_one_message_of_each_data_type(traine
     assert all(count <= 1 + has_several_holders(RUNS[name]) for (name, *_), count in times.items())
 
 
-# ------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------ memory
 
 
 SLOTS = {"sgd": 1, "adamw": 2}
@@ -262,7 +262,7 @@ def test_after_every_step_a_worker_keeps_its_slices_with_gradients_and_state_and
     for name, run in RUNS.items():
         layout, net = layout_of(run, workers), make_net(run)
         shared = [tensor for key, tensor in layout.shared.items() if key in layout.changing()]
-        together = any(isinstance(tensor, nn.Parameter) for tensor in shared)  # with buffers, in one memory
+        together = any(isinstance(tensor, nn.Parameter) for tensor in shared)  # in one storage with buffers
         buffers = [tensor for tensor in shared if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()]
         for worker in range(workers):
             for number, step in enumerate(trained[worker][name].steps):
@@ -271,7 +271,7 @@ def test_after_every_step_a_worker_keeps_its_slices_with_gradients_and_state_and
                     shape = layout.held_shape(key, worker, round) if key in layout.shapes else parameter.shape
                     copies = 2 + SLOTS[run.optimizer] if parameter.requires_grad else 1
                     expected += copies * 4 * prod(shape)
-                    expected += 4 * parameter.requires_grad * (run.optimizer == "adamw")  # counts its steps
+                    expected += 4 * parameter.requires_grad * (run.optimizer == "adamw")  # AdamW counts its steps
                 expected += together * sum(buffer.nbytes for buffer in buffers)
                 assert step.kept_bytes == expected, (name, worker)
 

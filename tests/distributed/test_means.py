@@ -1,6 +1,6 @@
 """Contract 3: after a sync every tensor is the mean over the workers that held it; one holder means an exact copy.
 
-Each worker plants numbers of its own in every tensor that it has, and syncs without training; what must come out is
+Each worker plants numbers of its own in every tensor that it has, and syncs without training; the expected result is
 computed from the same numbers, in double precision, with no process.
 """
 
@@ -30,7 +30,7 @@ TOLERANCE |= {torch.complex64: 1e-6, torch.complex128: 1e-14, torch.float8_e4m3f
 
 ODD = (torch.int16, torch.uint16, torch.uint32, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex128)
 
-CHANNELS_LAST = torch.float64  # the networks of this data type are in that memory format
+CHANNELS_LAST = torch.float64  # networks of this data type have that memory format
 
 CASES = {
     (2, "partition"): (torch.float32, torch.float64),
@@ -56,7 +56,7 @@ def partition_of(case: str, workers: int, round: int) -> Partition:
 
 
 def make(dtype: torch.dtype) -> nn.Module:
-    """Floats of one kind, and buffers of other kinds in a block and outside."""
+    """A network with floats of one data type, and buffers of other types in a block and outside."""
     net = small_preact().to(dtype)
     if dtype == CHANNELS_LAST:
         net = net.to(memory_format=torch.channels_last)
@@ -75,7 +75,7 @@ def make(dtype: torch.dtype) -> nn.Module:
 
 
 def planted(name: str, tensor: Tensor, worker: int, round: int) -> Tensor:
-    """The numbers of a worker: another for every worker, round and tensor."""
+    """Numbers that differ between workers, rounds and tensors."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {worker} {round}".encode()))
     if tensor.is_complex():
         return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
@@ -97,7 +97,7 @@ def present(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sync_what_was_planted(worker: int, case: str, dtypes: tuple[torch.dtype, ...]) -> list[list[dict[str, Tensor]]]:
-    """For each data type: what the worker has after the start, and after the sync of each round."""
+    """For each data type: the worker's tensors after the start, and after the sync of each round."""
     results = []
     for dtype in dtypes:
         model = make(dtype)
@@ -173,7 +173,7 @@ def assert_mean_over_holders(empty: dict[str, Tensor], seen: list[dict[str, Tens
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """As real numbers in double precision."""
+    """A tensor as real numbers in double precision."""
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
 
 

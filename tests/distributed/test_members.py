@@ -81,7 +81,7 @@ def test_the_verbs_give_what_single_processes_get(workers: int, members: int, si
         assert result["gathered"] == ([bytes([first + m]) * (m + 1) for m in range(members)] if member == 0 else [])
         assert result["by_worker"][worker] == list(range(first, first + members))
         sent[worker].update(result["sent"])
-        # Each part that a member has received by the slow link goes to the other members by the fast one.
+        # Each part that a member has received over the slow link goes to the other members over the fast one.
         part = (size * (member + 1) // members - size * member // members) * 8
         assert result["inside_bytes"]["start"] >= (members - 1) * (part if worker else 0)
     for worker, total in enumerate(sent):
@@ -105,13 +105,13 @@ RUNS = {
 
 
 def trained(rank: int, members: int, run: Run) -> tuple[Any, ...]:
-    """Trains a member; a worker of one member, on the same batches, is the reference for bytes."""
+    """Train as a member; workers of one member are the reference for bytes."""
     split_into_workers(members)
     model = make_model(run)
     optimizer = make_optimizer(run, model)
     if rank:
         with torch.no_grad():
-            next(model.parameters()).add_(rank)  # the weights of rank 0 are everybody's
+            next(model.parameters()).add_(rank)  # rank 0's weights must replace these
     engine = Engine(model, [optimizer], run.config)
     engine.start()
     for step in range(run.steps):
@@ -129,7 +129,7 @@ def trained(rank: int, members: int, run: Run) -> tuple[Any, ...]:
 
 
 def simulated(run: Run, workers: int, members: int) -> dict[str, torch.Tensor]:
-    """Each worker adds up the gradients of its members' batches, and takes the buffers of the first."""
+    """The simulator, whose workers add up the gradients of their members' batches and keep the first one's buffers."""
     calls = members * run.config.recalibration_batches
     config = replace(run.config, recalibration_batches=calls)
     simulator = Simulator(make_model(run), lambda model: make_optimizer(run, model), config, workers)
@@ -158,19 +158,19 @@ def test_members_train_what_the_simulator_trains_with_batches_of_their_shards(na
         assert_equal_states(state, expected)
     if workers == 1:
         return
-    # What a worker sends to others is what one process in its place sends.
+    # A worker sends others as much as a single process in its place.
     alone = run_workers(trained, workers, 1, run)
     sent, reference = results[0][1], alone[0][1]
     for kind in KINDS:
         if kind != "control":
             assert sent[kind] == reference[kind], kind
-    # Gradients of the parts that were held, in each step of each member.
+    # Gradients of the held parts, in each step of each member.
     parameters = sum(p.numel() for p in make_model(run).parameters())
     assert 0 < results[0][2]["gradients"] <= run.steps * all_reduce_bytes(4 * parameters, members)
 
 
 def steps_by_hand(rank: int) -> dict[str, Any]:
-    """Two steps with a backward pass without a mean, then one of other parameters with it."""
+    """Two steps, each with a backward pass without a mean, then one of other parameters with a mean."""
     split_into_workers(2)
     model = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("first", "second")})
     model.register_buffer("seen", torch.tensor(0.0))
@@ -184,7 +184,7 @@ def steps_by_hand(rank: int) -> dict[str, Any]:
         noted["seen"].append(model.seen.item())
         noted["compiles for"].add(DistributedDataParallel._get_active_ddp_module())
         model.seen.fill_(10.0 * rank + 1)
-        # As toggle_optimizer does.
+        # As toggle_optimizer does it.
         model["second"].requires_grad_(False)
         with replicas.local_gradients():
             model["first"](x).sum().backward()
@@ -201,7 +201,7 @@ def steps_by_hand(rank: int) -> dict[str, Any]:
 
 
 def test_steps_by_hand_average_all_they_should_share_buffers_and_hide_ddp_from_compiled_blocks() -> None:
-    """Up to 0.3, a reducer without the second layer was made in the middle of the step, and nobody averaged that."""
+    """Up to 0.3, a reducer was made in the middle of the step, without the second layer, which was not averaged."""
     for result in run_workers(steps_by_hand, 2):
         assert result == {"seen": [0, 1], "compiles for": {None}, "gradient": [[3.0, 3.0]]}
 
@@ -213,11 +213,11 @@ def synchronised(rank: int) -> None:
     collective: Any = engine.collective
     assert net[1].process_group is collective.inside
     engine.abandon()
-    copy.deepcopy(net)  # with a group in it that fails
+    copy.deepcopy(net)  # fails if it contains a group
 
 
 def test_synchronised_batch_norm_stays_inside_a_worker_of_several_processes() -> None:
-    """No forward, which needs a GPU. Workers of one process refuse it: see `test_checks.py`."""
+    """Without a forward, which needs a GPU. Workers of one process refuse it: see `test_checks.py`."""
     run_workers(synchronised, 4)
 
 

@@ -1,4 +1,4 @@
-"""Contract 5: absent means absent, on allocated bytes, at every step of training.
+"""Contract 5: absent means absent, measured in allocated bytes, at every step of training.
 
 With Q bytes shared, k blocks of b bytes and m optimizer slots a worker keeps (2 + m)(Q + k b), and not a byte more;
 in a sync, beside that, the flat buffers that it sends and receives. An outer optimizer keeps two copies more.
@@ -31,10 +31,10 @@ from tests.helpers.training import Run, train_engine
 WIDTH, BLOCKS, STEPS = 256, 6, 6
 BLOCK_BYTES = 4 * (2 * WIDTH * 2 * WIDTH + 3 * WIDTH)
 SHARED_BYTES = 4 * (3 * WIDTH + WIDTH + 4 * WIDTH + 4)
-NOISE_BYTES = 400_000  # what Python and torch allocate besides; less than one weight of a block
+NOISE_BYTES = 400_000  # other allocations of Python and torch; less than one weight of a block
 
 SLOTS = {"sgd": 1, "sgd, outer": 1, "adamw": 2}
-COPIES = {"sgd, outer": 2}  # where the round began, and the velocity; each block has one holder here
+COPIES = {"sgd, outer": 2}  # values at the beginning of the round, and velocity; each block has one holder here
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def optimizer_for(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 def measure(worker: int, cases: list[tuple[str, Config]]) -> list[tuple[list[Sample], list[int]]]:
     allocate_large_tensors_apart()
-    gc.disable()  # what is freed must be free at once, without a search for cycles
-    for case in cases:  # what libraries make once is theirs
+    gc.disable()  # memory must be freed at once, without a search for cycles
+    for case in cases:  # a first run, for one-time allocations of libraries
         measure_one(worker, *case, patience_seconds=0)
     return [measure_one(worker, *case, patience_seconds=0.5) for case in cases]
 
@@ -115,7 +115,7 @@ def settled_bytes(limit: int, patience_seconds: float) -> int:
 
 @contextmanager
 def watched(engine: Engine, sample: Any) -> Iterator[None]:
-    """Sample where buffers are packed and about to be sent."""
+    """Sample when buffers are packed and about to be sent."""
     verbs = engine.collective
     all_reduce, exchange = verbs.start_all_reduce, verbs.exchange
 
@@ -166,13 +166,13 @@ def measured(request: pytest.FixtureRequest) -> list[tuple[str, int, list[Sample
 
 
 def bound(name: str, blocks: int) -> int:
-    """(2 + m)(Q + k b), and the counts of steps that Adam keeps: four bytes for each parameter tensor."""
+    """(2 + m)(Q + k b), and Adam's counters of steps: four bytes for each parameter tensor."""
     numbers = 4 * (4 + 4 * blocks) if name == "adamw" else 0
     return (2 + SLOTS[name]) * (SHARED_BYTES + blocks * BLOCK_BYTES) + numbers
 
 
 def allocated_bound(name: str, blocks: int) -> int:
-    """What the process may have allocated beside buffers: the copies of the outer optimizer too."""
+    """Limit of allocated bytes without buffers: also the copies of the outer optimizer."""
     return bound(name, blocks) + COPIES.get(name, 0) * (SHARED_BYTES + blocks * BLOCK_BYTES)
 
 
@@ -200,7 +200,7 @@ def test_at_no_moment_does_a_worker_keep_more_than_its_share(measured):
 
 @pytest.mark.skipif(not can_ask_malloc(), reason="needs glibc 2.33 or later to ask malloc")
 def test_the_process_has_not_allocated_more_either(measured):
-    """Beside parameters, gradients and state: in a sync its flat buffers, which are gone afterwards."""
+    """Beside parameters, gradients and state only flat buffers in a sync, which are gone afterwards."""
     for name, _, samples, held in measured:
         first = samples[: [sample.when for sample in samples].index("observing")]
         assert_within(first, allocated_bound(name, max(held)))
@@ -223,7 +223,7 @@ def assert_within(samples: list[Sample], bound_bytes: int) -> None:
 
 
 def where_shared_tensors_live(worker):
-    """Storages of shared float tensors while training, and of all tensors afterwards."""
+    """Numbers of storages: of shared float tensors while training, of all tensors afterwards."""
     run = Run(Config(local_steps=2, min_blocks=1), steps=4)
     found = []
 
@@ -244,7 +244,7 @@ def test_shared_tensors_are_averaged_in_place_and_part_when_the_training_ends():
 
 @dataclass(frozen=True)
 class Start:
-    """Bytes of a start: of the whole network, of what a worker gets of it, and of the largest message."""
+    """Bytes of a start: of the whole network, of a worker's part, and of the largest message."""
 
     method: str
     whole: int
@@ -262,7 +262,7 @@ def net_for(method: str) -> tuple[nn.Module, CommonConfig]:
 
 @contextmanager
 def sampled(engine: Engine, sample: Callable[[], None]) -> Iterator[None]:
-    """Sample where buffers are packed and about to be sent."""
+    """Sample when buffers are packed and about to be sent."""
     verbs = engine.collective
     names = ("broadcast_", "exchange", "start_all_reduce")
     usual = {name: getattr(verbs, name) for name in names}
@@ -279,10 +279,10 @@ def sampled(engine: Engine, sample: Callable[[], None]) -> Iterator[None]:
 
 
 def peaks_of_start(worker: int, build: str, start: Start) -> dict[str, int]:
-    """The most bytes got from malloc while the module is built, while the engine starts, and at its end."""
+    """Peak bytes from malloc while the module is built and while the engine starts; bytes at the end of the start."""
     allocate_large_tensors_apart()
     gc.disable()
-    start_one(worker, build, start)  # what libraries make once is theirs
+    start_one(worker, build, start)  # a first run, for one-time allocations of libraries
     return start_one(worker, build, start)
 
 
@@ -305,17 +305,17 @@ def start_one(worker: int, build: str, start: Start) -> dict[str, int]:
 
 
 HELD_AT_START = 2  # of the six blocks, by each of three workers
-NEURONS, KEPT = 960, 320  # of each of three hidden layers, and those whose rows each of three workers keeps
+NEURONS, KEPT = 960, 320  # neurons of each of three hidden layers, and those whose rows each of three workers keeps
 OWN = {"ist": KEPT, "ist, several holders": NEURONS // 2}  # neurons of a worker in each layer
 SEVERAL = "ist, several holders"
 
 
 def slice_bytes(own: int) -> int:
-    """Of all tensors, where a worker has so many neurons of each layer."""
+    """Bytes of all tensors of a worker with ``own`` neurons of each layer."""
     return 4 * (4 * own + 2 * (own + 1) * own + 4 * own + 4)
 
 
-ROWS_BYTES = 4 * KEPT * NEURONS  # that a worker keeps, of one matrix between hidden layers
+ROWS_BYTES = 4 * KEPT * NEURONS  # bytes that a worker keeps of a matrix between hidden layers
 STARTS = [
     Start(
         "resist",
@@ -327,9 +327,9 @@ STARTS = [
         Start(
             method,
             whole=slice_bytes(NEURONS),
-            # Of the matrices between hidden layers its slice, and the rows that it keeps.
+            # The slice, and the rows that the worker keeps of the two matrices between hidden layers.
             part=slice_bytes(own) + 2 * ROWS_BYTES,
-            # One holder has what is not in its slice; where neurons have several, all of a row.
+            # With one holder the entries outside of its slice; where neurons have several, all of a row.
             message=ROWS_BYTES if method == "ist" else ROWS_BYTES + 4 * own * own,
         )
         for method, own in OWN.items()
@@ -352,10 +352,10 @@ def test_when_it_starts_only_worker_0_has_the_whole_model(build: str, start: Sta
 
 
 def peaks_of_evaluation(worker: int, where: str, method: str) -> int:
-    """The most bytes got from malloc in an evaluation of a training of neurons."""
+    """Peak bytes from malloc in an evaluation of an IST training."""
     allocate_large_tensors_apart()
     gc.disable()
-    evaluate_one(where, method)  # what libraries make once is theirs
+    evaluate_one(where, method)  # a first run, for one-time allocations of libraries
     return evaluate_one(where, method)
 
 
@@ -383,14 +383,14 @@ def evaluate_one(where: str, method: str) -> int:
 @pytest.mark.parametrize("start", STARTS[1:], ids=lambda start: start.method)
 @pytest.mark.parametrize("where", ["first", "all"])
 def test_neurons_are_put_together_some_tensors_at_a_time(where: str, start: Start) -> None:
-    """No more at once than the largest tensor; where worker 0 evaluates, one worker after the other."""
+    """At most the largest tensor at once; where worker 0 evaluates, one worker after the other."""
     peaks = run_workers(peaks_of_evaluation, 3, where, start.method)
     own = slice_bytes(OWN[start.method])
-    # Slices with gradients and momentum, and what is stored.
+    # Slices with gradients and momentum, and the store.
     training = start.part + 2 * own
-    # Means are taken in the slices, so copies are kept to go back to.
+    # Means are taken in the slices, so copies are kept for the way back.
     copies = own if start.method == SEVERAL else 0
-    # Besides, who puts the network together has copies of its slices to go back to, in the place of the slices.
+    # A worker that assembles the network also has copies of its slices for the way back, in the place of the slices.
     whole = start.whole + training
     if where == "first":
         assert whole <= peaks[0] <= whole + start.message + NOISE_BYTES

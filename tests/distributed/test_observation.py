@@ -1,4 +1,4 @@
-"""Contracts 6 and 8: observing changes nothing, and what is observed is the full model as if the round ended there."""
+"""Contracts 6 and 8: observing changes nothing, and shows the full model as if the round ended there."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RUNS = {
 
 @dataclass
 class History:
-    """What a worker had after each step, what it saw of the full model there, and what it sent for it, and when."""
+    """A worker's tensors and its view of the full model after each step, and the bytes it sent for this, and when."""
 
     trained: list[dict[str, Tensor]]
     random: Tensor
@@ -141,7 +141,7 @@ def test_the_full_model_in_the_middle_of_a_round_is_as_if_the_round_ended_there(
         first = histories[0][name][1].full[step]
         assert_equal_states(first, state)
         for worker in histories:
-            if name.startswith("first"):  # which alone has it
+            if name.startswith("first"):  # worker 0 alone has the full model
                 torch.testing.assert_close(histories[0][name][1].logits[step], logits, rtol=1e-3, atol=1e-4)
                 break
             assert_equal_states(worker[name][1].full[step], first, exactly=True)
@@ -182,7 +182,7 @@ def simulated(run: Run, workers: int) -> list[tuple[dict[str, Tensor], Tensor]]:
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "batch statistics" not in name])
 def test_a_checkpoint_is_a_plain_model_that_computes_what_was_observed(histories, name):
-    """With batch statistics it cannot be: the library warns of that (tests/unit/test_layout.py)."""
+    """With batch statistics it cannot be; the library warns of this (tests/unit/methods/resist/test_layout.py)."""
     for step in range(STEPS):
         seen = histories[0][name][1]
         plain = make_model(RUNS[name])
@@ -197,7 +197,7 @@ def test_going_back_to_training_sends_nothing(histories):
 
 
 class WritesData(torch.optim.Optimizer):
-    """As some optimizers outside of torch do, it writes where autograd's version counters do not see it."""
+    """Like some optimizers outside of torch, it writes past autograd's version counters."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.05})
@@ -214,7 +214,7 @@ def make_written(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def make_blocks_only(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Everything shared is frozen; the blocks, held by two of three workers each, train."""
+    """Freeze all shared layers; only the blocks, each held by two of three workers, train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("section3.") and not name.startswith("section3.0."))
     return torch.optim.SGD(model.parameters(), 0.05)
@@ -262,7 +262,7 @@ def seen_after_one_step() -> list[dict[str, dict[str, Tensor]]]:
     ],
 )
 def test_whoever_wrote_the_weights_the_full_model_is_the_mean(seen_after_one_step, name):
-    """Whether there is something to average must not be guessed from what one worker can see."""
+    """A worker must not guess from its own view whether there is something to average."""
     make, _ = SIGHTS[name]
     run = Run(Config(local_steps=5, min_blocks=3, batch_norm="running", test_scale=1.0), steps=1)
     simulator = Simulator(make_model(run), make, run.config, 3)
@@ -274,7 +274,7 @@ def test_whoever_wrote_the_weights_the_full_model_is_the_mean(seen_after_one_ste
 
 
 def observe_then_sync(worker: int, run: Run) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """At the end of each round: the full model as seen, and what the worker has after the sync."""
+    """At the end of each round: the full model as observed, and the worker's tensors after the sync."""
     model = make_model(run)
     optimizer = make_optimizer(run, model)
     engine = Engine(model, [optimizer], run.config)
@@ -292,7 +292,7 @@ def observe_then_sync(worker: int, run: Run) -> list[tuple[dict[str, Tensor], di
 
 
 def test_what_is_seen_at_the_end_of_a_round_is_what_the_sync_makes_of_it_bit_for_bit() -> None:
-    """With the scale and the statistics left alone; merged blocks are merged at the same owner."""
+    """Without scale and new statistics; blocks are merged at the same owner."""
     run = Run(Config(local_steps=1, min_blocks=3, batch_norm="running", test_scale=1.0), steps=4)
     for rounds in run_workers(observe_then_sync, 3, run):
         assert len(rounds) == 4

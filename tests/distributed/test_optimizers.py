@@ -24,7 +24,7 @@ def two_optimizers(model: nn.Module) -> list[Optimizer]:
 
 
 def two_groups(model: nn.Module) -> list[Optimizer]:
-    """One group without momentum, one with."""
+    """An optimizer with two groups, one without momentum, one with."""
     weights = [p for name, p in model.named_parameters() if name.endswith("conv1.weight")]
     others = [p for name, p in model.named_parameters() if not name.endswith("conv1.weight")]
     groups = [{"params": weights, "momentum": 0.0}, {"params": others, "momentum": 0.9}]
@@ -36,7 +36,7 @@ def adamw(model: nn.Module) -> list[Optimizer]:
 
 
 class ScheduleFree(Optimizer):
-    """Averages its own steps, by numbers in its groups; keeps a count, a copy and wide state of parameters."""
+    """Averages its own steps by a counter in its groups; has a count, a copy and wider state of each parameter."""
 
     def __init__(self, parameters, lr: float) -> None:
         super().__init__(parameters, {"lr": lr, "k": 0})
@@ -67,7 +67,7 @@ CASES = {
 
 
 def double_model() -> nn.Module:
-    """In double precision: after a restart Adam steps by the sign of a gradient, which single precision may flip."""
+    """A model in double precision: after a restart Adam steps by a gradient's sign, which rounding may flip."""
     return make_model(Run(Config(), STEPS)).double()
 
 
@@ -84,7 +84,7 @@ def train_all(worker: int) -> dict[str, tuple[dict[str, Tensor], list[tuple[int,
 
 
 def train(worker: int, make, config: Config) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
-    """The full model at the end; and for each sync the bytes of state that were sent, and that had to be."""
+    """The full model at the end; and for each sync the bytes of state that were sent, and the closed form."""
     model = double_model()
     optimizers = make(model)
     engine = Engine(model, optimizers, config)

@@ -118,7 +118,7 @@ def train(worker: int, runs: dict[str, Run]) -> dict[str, State]:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, list[State]]:
-    """What each worker has at the end of each run; as many workers are started once for all of their runs."""
+    """The workers' tensors at the end of each run; runs with the same number of workers share processes."""
     found = {}
     for workers in (2, 3, 4):
         runs = {name: run for name, (number, run) in RUNS.items() if number == workers}

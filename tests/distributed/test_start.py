@@ -1,4 +1,4 @@
-"""A worker is killed while the others start."""
+"""A worker that is killed while the others start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT_SECONDS = 60
 
 
 def start(worker: int) -> None:
-    """Worker 1 is killed when it has reached the store, before it joins the group."""
+    """Start; worker 1 is killed before it joins the group."""
     port = agree_on_a_port(worker)
     dist.destroy_process_group()
     os.environ.update(

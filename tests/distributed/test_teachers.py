@@ -1,4 +1,4 @@
-"""A frozen part that the program of each worker writes by itself, as the moving average of the part that trains."""
+"""A frozen part that each worker's program writes itself, as a moving average of the trained part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Write = Callable[[Tensor, Tensor, int], object]
 
 def in_one_place(teacher: Tensor, _: Tensor, worker: int) -> None:
     if teacher.dim() > 1:
-        teacher.view(-1)[100] += 1 + worker  # no sample of 16 entries in 1024 has it
+        teacher.view(-1)[100] += 1 + worker  # an entry that is in no sample of 16 in 1024
 
 
 WRITES: dict[str, Write] = {
@@ -52,7 +52,7 @@ class Distilled(nn.Module):
 
 
 def train(worker: int, kind: str, stop: int | None) -> tuple[dict[str, Tensor], list[int], list[int], set[str]]:
-    """In a plain loop, by the engine; after ``stop`` steps with another engine that goes on where the first was."""
+    """Train in a plain loop with the engine; after ``stop`` steps another engine resumes from the first."""
     module, config = Distilled(), Config(local_steps=ROUND, blocks=())
     engine = Engine(module, [module.optimizer], config)
     engine.start()

@@ -1,6 +1,6 @@
-"""Contract 4: what is sent is the closed form, exactly; and between two syncs nobody says a word.
+"""Contract 4: the bytes sent are exactly the closed form, and nothing is sent between two syncs.
 
-Each number of workers trains all runs in one set of processes; what crossed the wire is seen in torch's dispatcher.
+Each number of workers trains all runs in one set of processes; messages are recorded in torch's dispatcher.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ COMPRESSED = [name for name, run in RUNS.items() if run.config.wire != "fp32"]
 
 @dataclass
 class Sync:
-    """One step of one worker: what it said while training, and in the sync if there was one."""
+    """A step of a worker: its messages while training, and in the sync if there was one."""
 
     training: list[Call]
     syncing: list[Call]
@@ -99,7 +99,7 @@ def talk_in(worker: int, run: Run) -> list[Sync]:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def said(request: pytest.FixtureRequest) -> list[dict[str, list[Sync]]]:
-    """For each worker, what it said in each run."""
+    """For each worker, its messages in each run."""
     return run_workers(talk, request.param)
 
 
@@ -188,9 +188,9 @@ def test_between_two_syncs_nobody_says_a_word_and_no_group_is_ever_made(said):
 
 
 def test_the_number_of_collectives_and_messages_does_not_depend_on_the_number_of_tensors(said):
-    """A header, an all-reduce per data type, and for every peer and data type one message to merge, one to move."""
+    """A header, an all-reduce per data type, and for every peer and data type a message to merge, and one to move."""
     workers = len(said)
-    data_types = 3  # float32, int64 of the batches that batch norm has seen, and bytes of what is compressed
+    data_types = 3  # float32, int64 of batch norm's counters, and bytes of compressed tensors
     for worker in said:
         for name, steps in worker.items():
             for sync in syncs_of(RUNS[name], steps):
@@ -200,7 +200,7 @@ def test_the_number_of_collectives_and_messages_does_not_depend_on_the_number_of
                 ]
                 assert verbs[0] == "_allgather_base_"
                 phases = 1 if name in WITHOUT_OVERLAP else 2
-                if name in COMPRESSED:  # to those that average, and back; in two bits matrices, then vectors
+                if name in COMPRESSED:  # to the averaging workers, and back; with two bits matrices, then vectors
                     phases += 4 if RUNS[name].config.wire == "int2" else 2
                 for verb in ("send", "recv_"):
                     peers = Counter((call.peer, call.dtype) for call in sync.syncing if call.verb == verb)
@@ -209,7 +209,7 @@ def test_the_number_of_collectives_and_messages_does_not_depend_on_the_number_of
 
 
 def test_every_receive_is_posted_before_any_send(said):
-    """Over gloo, two workers that send first take turns on the link (design, section 4)."""
+    """Over gloo, two workers that both send first would take turns on the link (design, section 4)."""
     for worker in said:
         for name in WITHOUT_OVERLAP:
             for sync in syncs_of(RUNS[name], worker[name]):
@@ -232,7 +232,7 @@ def test_what_one_sends_another_receives(said):
 
 
 def test_fewer_bits_send_as_many_times_less_and_a_scale_per_group(said):
-    """Of the trainable parameters; batch norm's buffers travel as they are."""
+    """For trainable parameters; batch norm's buffers are sent as they are."""
     workers, run = len(said), RUNS["int8"]
     model = make_model(run)
     trained = {name: p.numel() for name, p in model.named_parameters()}

@@ -24,14 +24,14 @@ from tests.helpers.training import (
     train_step,
 )
 
-OUTER = {"outer": "nesterov", "outer_rate": 0.9, "outer_momentum": 0.5}  # a velocity finds its block's next owner
+OUTER = {"outer": "nesterov", "outer_rate": 0.9, "outer_momentum": 0.5}  # a velocity must find its block's next owner
 RUN = Run(Config(local_steps=1, min_blocks=1, blocks_per_worker="auto", **OUTER), steps=9)
 SECONDS_PER_BLOCK = (0.004, 0.04)
-"""Worker 1 is slow; so slow that a busy machine does not matter."""
+"""Worker 1 is so slow that a busy machine does not matter."""
 
 
 def train(worker: int) -> dict[str, Any]:
-    """Train at this worker's speed, to the end of round 8; then begin a second run where the first one ended."""
+    """Train at this worker's speed, to the end of round 8; then begin a second run from there."""
     model = make_model(RUN)
     optimizer = make_optimizer(RUN, model)
     engine = Engine(model, [optimizer], RUN.config)

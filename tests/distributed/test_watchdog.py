@@ -1,4 +1,4 @@
-"""The watchdog with a store that anybody can write to, and that may not answer when the program ends."""
+"""The watchdog with a store to which anybody can write, and which may not answer when the program ends."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
         mine, seen = watchdog._own.beat, watchdog._heartbeats.tampered_lines
         if line is None:
             store.delete_key(PLACE)
-            time.sleep(0.4)  # a call waits for it
+            time.sleep(0.4)  # meanwhile a call waits for it
         else:
             store.set(PLACE, line)
             wait_for(lambda: watchdog._own.beat > mine + 2)  # noqa: B023 - called at once
@@ -94,7 +94,7 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
 
 
 def test_at_a_good_end_nothing_is_read_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker 0 serves the store, and may be gone before it answers."""
+    """The store's server, worker 0, may be gone before it answers."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(heartbeats_module, "clone_store", server.clone)
     watchdog, other = watching(0), Heartbeats(ELSEWHERE, 2, "test")
@@ -121,7 +121,7 @@ def watching(worker: int) -> Watchdog:
 
 
 def strangers(port: int, store: dist.TCPStore) -> None:
-    """Somebody connects to the store, says nothing, garbage or HTTP, or hangs up in the middle of a word."""
+    """Connect to the store as strangers who send nothing, garbage or HTTP, and hang up at any point."""
     idle = [socket.create_connection(("127.0.0.1", port), timeout=SOON_SECONDS) for _ in range(20)]
     for number, connection in enumerate(idle[:12]):
         connection.sendall([os.urandom(100), bytes(5000), b"GET / HTTP/1.1\r\n\r\n"][number % 3])

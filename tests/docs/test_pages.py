@@ -1,4 +1,4 @@
-"""What the pages say is so: snippets run, links lead somewhere, tables show their result files."""
+"""The pages are true: snippets run, links lead somewhere, tables show their result files."""
 
 from __future__ import annotations
 
@@ -124,11 +124,11 @@ def test_the_loop_with_fabric_is_the_file_and_learns() -> None:
     assert program.read_text() in snippets("docs/tools.md")
     printed, nothing = run_trainers(fabric_loop, 2, str(program))
     assert not nothing
-    assert float(printed.removeprefix("accuracy")) > 0.5  # one in ten by chance
+    assert float(printed.removeprefix("accuracy")) > 0.5  # 0.1 by chance
 
 
 def fabric_loop(_: int, program: str) -> str:
-    """What a worker prints."""
+    """A worker's output."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         L.Fabric(accelerator="cpu", devices=2).launch(runpy.run_path(program)["train"])
@@ -149,7 +149,7 @@ def test_files_to_copy_are_those_that_tests_of_engines_run(page: str, name: str,
 
 
 def test_errors_of_hosts_are_quoted_as_they_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who searches the page for an error must find it. It had host names without the boot's id, and without ranks."""
+    """A search for an error must find it on the page, which had host names without the boot id, and no ranks."""
     monkeypatch.setattr(hosts, "host_name", lambda: "host-1 (boot 1a2b3c4d)")
     first = Place("host-0 (boot 9f8e7d6c)", "0", "172.17.0.1")
     loopback = replace(first, host=hosts.host_name(), network="1", address="127.0.1.1", interfaces="eth0 (10.77.0.2)")
@@ -159,7 +159,7 @@ def test_errors_of_hosts_are_quoted_as_they_are_raised(monkeypatch: pytest.Monke
     said = [hosts.judge([first, second]) for second in (loopback, no_interface, same_address)]
 
     quoted = re.findall(r"\| `([^`|]*host-1 \(boot[^`]*)`", (ROOT / "docs/clusters.md").read_text())
-    quoted = [text for text in quoted if "cannot reach" not in text]  # has torch's words
+    quoted = [text for text in quoted if "cannot reach" not in text]  # torch's own message
     assert len(quoted) == len(said)
     for text, message in zip(quoted, said, strict=True):
         assert re.match(".*".join(map(re.escape, text.split("..."))), message), (text, message)
@@ -205,7 +205,7 @@ def test_tables_show_their_result_files() -> None:
 
 
 def test_every_decision_is_listed_by_its_number() -> None:
-    """The numbers were those of a Markdown list, which counts on from the first one: "decision 46" was shown as 44."""
+    """A Markdown list numbers its items consecutively from the first one: "decision 46" was shown as 44."""
     page = (ROOT / "docs/decisions/README.md").read_text().partition("## All of them")[2]
     listed = re.findall(r"^- \[(\d+) .*\]\((\d{4}-.*\.md)\)$", page, re.MULTILINE)
     assert len(listed) == len(page.split("\n- ")) - 1
@@ -229,18 +229,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 class Parsed(LightningCLI):
-    """A program as on the page of tools, whose subcommand runs nothing."""
+    """A program like that of the page on tools, with subcommands that run nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """What is looked at is the strategy that would train."""
+        """Do nothing: the test looks at the strategy that would train."""
 
 
 def test_command_lines_of_lightning_cli(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page had the help of a class without the subcommand, which a program that runs one refuses."""
+    """The page asked for a class's help without the subcommand, which a program with subcommands refuses."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train.py"])  # LightningCLI warns of those of pytest
+    monkeypatch.setattr("sys.argv", ["train.py"])  # LightningCLI would warn of pytest's arguments
     saved = tmp_path / "lightning_logs" / "version_0" / "config.yaml"
     saved.parent.mkdir(parents=True)
     saved.write_text("trainer: {strategy: {class_path: resist_lightning.ResISTStrategy}, devices: 2}\n")

@@ -1,4 +1,4 @@
-"""A user's program for Ray, for tests: ``python -m tests.engines.on_ray FOLDER``. Writes to FOLDER what it has seen."""
+"""A user's program for Ray, for tests: ``python -m tests.engines.on_ray FOLDER``. Writes its results to FOLDER."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.plain import Classifier
 
 
 def each_method(config: dict[str, Any]) -> None:
-    """All strategies, one after the other, in two workers of Ray; and what they refuse."""
+    """Train with all strategies, one after the other, in two workers of Ray; and write their refusals."""
     rank = ray.train.get_context().get_world_rank()
     for name in METHODS:
         strategy = getattr(ours, f"Ray{name}Strategy")
@@ -37,7 +37,7 @@ def each_method(config: dict[str, Any]) -> None:
 
 
 def refusals() -> dict[str, str]:
-    """What a user is told, by what was wrong."""
+    """Error messages for a user, by mistake."""
     told = {}
     for options in ({"start_method": "spawn"}, {"snapshots": "/shared"}, {"process_group_backend": "nccl"}):
         try:
@@ -70,13 +70,13 @@ class Die(L.Callback):
             return
         deadline = time.monotonic() + 60
         while not self._known.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)  # Ray asks the workers for reports once in a while
+            time.sleep(0.1)  # Ray polls the workers for reports
         self._mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dies_once(config: dict[str, Any]) -> None:
-    """ResIST in two workers, of which one is killed; Ray starts them again."""
+    """Train ResIST in two workers, of which one is killed; Ray restarts them."""
     folder, rank = Path(config["folder"]), ray.train.get_context().get_world_rank()
     checkpoint = ray.train.get_checkpoint()
     resumed = ""
@@ -90,7 +90,7 @@ def dies_once(config: dict[str, Any]) -> None:
 
 
 def reports_loss(config: dict[str, Any]) -> None:
-    """One training of a sweep."""
+    """A training of a sweep."""
     trainer = L.Trainer(
         strategy=ours.RayResISTStrategy(local_steps=config["local_steps"], min_blocks=1),
         plugins=[RayLightningEnvironment()],
@@ -105,7 +105,7 @@ def reports_loss(config: dict[str, Any]) -> None:
 
 
 def sweep(folder: Path) -> list[dict[str, float]]:
-    """Local steps by Ray Tune: each trial is a program that starts two workers."""
+    """A sweep over local steps by Ray Tune: each trial is a program that starts two workers."""
 
     def trial(config: dict[str, Any]) -> None:
         name = f"local_steps={config['local_steps']}"
@@ -132,7 +132,7 @@ def torch_trainer(loop: Any, config: dict[str, Any], run_config: RunConfig) -> T
 
 
 def main(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="ray_", dir="/tmp") as own:  # names of sockets in it may not be long
+    with tempfile.TemporaryDirectory(prefix="ray_", dir="/tmp") as own:  # paths of sockets in it must be short
         ray.init(
             num_cpus=3,  # two workers, and a trial of the sweep that waits for them
             include_dashboard=False,

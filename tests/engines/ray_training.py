@@ -1,4 +1,4 @@
-"""A small training, for workers of Ray and for others; imports nothing of Ray."""
+"""A small training, for workers of Ray and for others; does not import Ray."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ METHODS: dict[str, dict[str, Any]] = {
 """The methods, with their options."""
 
 EPOCHS = 2
-BATCHES = 8  # of an epoch, of each of two workers
+BATCHES = 8  # in an epoch, for each of two workers
 
 
 def data() -> DataLoader[Any]:
-    """The data of all workers, of which Lightning gives each a part."""
+    """The data of all workers, which Lightning splits between them."""
     images, labels = zip(*(batch_of(0, step) for step in range(2 * BATCHES // 2)), strict=True)
     return DataLoader(TensorDataset(torch.cat(images), torch.cat(labels)), batch_size=4, shuffle=True)
 
@@ -33,14 +33,14 @@ def data() -> DataLoader[Any]:
 def fit(
     method: str, strategy: Callable[..., Any], folder: Path, ckpt_path: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Train by a method; the weights afterwards.
+    """Train by a method; returns the weights.
 
     Args:
         method: a key of ``METHODS``.
         strategy: its class.
         folder: of the Trainer.
         ckpt_path: to resume from.
-        options: more of the Trainer.
+        options: further arguments of the Trainer.
     """
     torch.set_num_threads(1)
     L.seed_everything(1)

@@ -23,7 +23,7 @@ SMALL = [
     "model.depth=26", "model.width_multiplier=0.125", "threads=1", "data.limit=40", "data.limit_test=10",
     "trainer.accelerator=cpu", "trainer.max_epochs=1", "strategy.min_blocks=1", "callbacks.progress_bar=null",
 ]  # fmt: skip
-FORKED = "strategy.start_method=fork"  # a spawned worker is an interpreter of its own, which one test has
+FORKED = "strategy.start_method=fork"  # a spawned worker is a new interpreter; one test covers it
 
 pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 
@@ -48,7 +48,7 @@ def sweep(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     ids=["joblib", "submitit"],
 )
 def test_two_jobs_at_the_same_time(launcher: list[str], tmp_path: Path) -> None:
-    """Spawned workers of a process of joblib did not start: they were told its start method, ``loky``."""
+    """Workers spawned in a process of joblib did not start: they inherited its start method, ``loky``."""
     results = sweep(tmp_path, "strategy.local_steps=2,3", *launcher)
     assert [result["rounds"] for result in results] == [3, 2]
     assert [result["workers"] for result in results] == [2, 2]

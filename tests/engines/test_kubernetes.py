@@ -1,4 +1,4 @@
-"""The manifest for Kubernetes has Kubeflow's fields, by the models that its package generates from the CRD."""
+"""The manifest for Kubernetes has Kubeflow's fields, by its package's models, which are generated from the CRD."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study of Optuna whose trials have two workers: the program of the page, however its workers are started."""
+"""A study of Optuna whose trials have two workers: the program of the page, with each way to start workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_pruned_trial_stops_on_all_workers_and_the_next_one_trains(
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     arguments = [*launcher, PROGRAM, start_method, "4"]
     output = run_program(arguments, tmp_path, timeout=TIMEOUT_SECONDS, PYTHONPATH=path)
-    # Each study logs each of its trials once, and all say the same.
+    # Each study logs each of its trials once, and all agree.
     trials = re.findall(r"Trial (\d) (pruned|finished with value: \S+)", output)
     told = dict(trials)
     assert sorted(trials) == sorted(list(told.items()) * studies)

@@ -25,11 +25,11 @@ pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 
 @pytest.fixture(scope="module")
 def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of what a program has seen under Ray."""
+    """The folder with the results of a program under Ray."""
     require(INSTALL, packages=["ray", "pyarrow", "tensorboardX"])
     folder = tmp_path_factory.mktemp("ray")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Ray starts its workers at niceness 15: beside other programs on two cores they needed eleven minutes to begin.
+    # Ray starts its workers at niceness 15: beside other programs on two cores they took eleven minutes to start.
     output = run_program(
         ["-m", "tests.engines.on_ray", str(folder)], ROOT, timeout=TIMEOUT_SECONDS,
         PYTHONPATH=path, RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "docs" / "examples"
 TWO = ("--nodes=1", "--ntasks-per-node=2")
 
-EPOCHS = 4  # as train.py has by itself
+EPOCHS = 4  # the default of train.py
 
 SLOWLY = """
 import runpy
@@ -40,7 +40,7 @@ TensorDataset.__getitem__ = read
 if __name__ == "__main__":
     runpy.run_path({script!r}, run_name="__main__")
 """
-"""Runs the training script of the page on data that are slow to read: it lasts, and its weights stay the same."""
+"""Runs the page's training script with slow reads of the data: it takes longer, and its weights stay the same."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def unbroken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights that a training under srun ends with."""
+    """The final weights of a training under srun."""
     folder = tmp_path_factory.mktemp("unbroken")
     output = srun(cluster, folder, "--devices", "2")
     assert "ResISTStrategy: 8 residual blocks are partitioned over 2 worker(s)" in output
@@ -73,7 +73,7 @@ def srun(cluster: Cluster, folder: Path, *arguments: str) -> str:
 
 
 def submit(cluster: Cluster, folder: Path, *options: str, seconds_per_sample: float) -> str:
-    """Submit the batch file of the page; the job's number. Options of the command line go before the file's."""
+    """Submit the batch file of the page; returns the job's number. Options of the command line override the file's."""
     shutil.copy(FILES / "train.sbatch", folder)
     script = SLOWLY.format(seconds=seconds_per_sample, script=str(FILES / "train.py"))
     (folder / "train.py").write_text(script)
@@ -112,7 +112,7 @@ def test_a_job_that_its_time_limit_requeues_ends_as_an_unbroken_one(
     assert job["JobState"] == "COMPLETED", log
     assert job["Restarts"] == "1"
     assert log.count("SIGUSR1: all workers save a checkpoint when this round ends") == 1
-    assert "hpc_ckpt_1.ckpt" in log  # from which it went on
+    assert "hpc_ckpt_1.ckpt" in log  # from which it resumed
     assert "DataLoader worker" not in log
     assert_equal_to_the_bit(final_weights(tmp_path), unbroken)
 

@@ -1,4 +1,4 @@
-"""The accuracy study: every case runs, nothing is measured twice, and the simulations are what real processes do."""
+"""The accuracy study: every case runs, nothing is measured twice, and the simulations agree with real processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentation of a batch: each image is a window of its own padded self, at its own place."""
+"""Augmentation of a batch: each image is a window of its own padded version, at its own offset."""
 
 from __future__ import annotations
 

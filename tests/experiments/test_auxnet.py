@@ -1,4 +1,4 @@
-"""AuxNet's experiments: all methods train on the same images, and what is counted is the closed form."""
+"""AuxNet's experiments: all methods train on the same images, and counts are the closed forms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from resist_lightning.methods.residual import find_blocks
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import refusal, run_module
 
-# One value of each setting, the default where there is one: cases that are the same are trained once.
+# One value of each setting, the default if there is one: equal cases are trained once.
 SMOKE = ["size=smoke", "betas=[1.0]", "aux_widths=[32]", "evaluations=1"]
 
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of all result files of the command itself, and what it printed."""
+    """The folder of all result files of the command itself, and its output."""
     out = tmp_path_factory.mktemp("auxnet") / "new"
     return out, run_module("experiments.auxnet.run", "accuracy", "sweep", "timing", *SMOKE, f"out={out}")
 
@@ -65,7 +65,7 @@ def test_one_worker_alone_is_training_in_one_process(smoke: tuple[Path, str]) ->
 
 
 def test_live_bytes_are_the_closed_form(smoke: tuple[Path, str]) -> None:
-    """Widths 4, 8, 16, two blocks each, cut behind the first block of width 8: by hand."""
+    """Widths 4, 8, 16, two blocks each, cut after the first block of width 8: by hand."""
     first = 36 + 2 * (2 * 8 + 2 * 144) + (8 + 16 + 288 + 576 + 32)
     second = (2 * 16 + 2 * 576) + (16 + 32 + 1152 + 2304 + 128) + (2 * 32 + 2 * 2304) + 32 + 170
     image, width, boundary = 1, 32, 8
@@ -100,7 +100,7 @@ def test_late_gradients_are_simulated_for_accuracy_and_timed_in_processes(smoke:
     assert timed["step_seconds"] > 0
     assert timed["sent_by_step"] == timed["sent_by_formula"]
     first, second = timed["parameters"]
-    # Parameters, gradients and momentum; and of the first stage two copies of its weights.
+    # Parameters, gradients and momentum; and two copies of the first stage's weights.
     assert timed["held_bytes"] == timed["held_by_formula"] == [(12 + 8) * first, 12 * second]
 
 

@@ -1,4 +1,4 @@
-"""AuxNet's steps over links: what is sent, over what, and the tables; see test_links for the links themselves."""
+"""AuxNet's steps over links: bytes, the links they cross, and the tables; see test_links for the links themselves."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.helpers.programs import run_module
 
 PROGRAM = "experiments.auxnet.run"
 GBIT, BOUNDARY, OUTPUT = 0.001, 8 * 8 * 8 * 8 * 4, 8 * 10 * 4
-"""Of the smoke run: batches of 8, cut where there are 8 channels of 8 x 8; 10 classes."""
+"""The smoke run's link, and bytes: batches of 8, cut at 8 channels of 8 x 8; 10 classes."""
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """The folder of the result file of the command itself, and what it printed; it leaves no namespace."""
+    """The folder of the result file of the command itself, and its output; it leaves no namespace."""
     before = rig.namespaces_in_use()
     out = tmp_path_factory.mktemp("auxnet_links") / "new"
     yield out, run_module(PROGRAM, "links", "size=smoke", f"out={out}")
@@ -57,7 +57,7 @@ def test_counted_bytes_are_the_closed_form_and_what_the_kernel_saw(smoke: tuple[
 
 @needs_namespaces
 def test_steps_that_are_counted_go_over_the_shaped_link(smoke: tuple[Path, str]) -> None:
-    """What the bucket does not hold waits for the link; before, there were steps that are not counted."""
+    """Bytes beyond the bucket's size wait for the link; uncounted steps have emptied the bucket before."""
     for method, counted in (("pipeline", 6), (SERIAL_STAGES, 6), ("penalty", 4)):
         for row in rows_of(smoke[0], method=method, bandwidth_gbit=GBIT):
             waiting = counted * BOUNDARY - LEAST_BURST_BYTES

@@ -1,4 +1,4 @@
-"""The benchmarks of `run.py`: every study runs in its smoke size, and its record has what the tables read."""
+"""The benchmarks of `run.py`: every study runs in its smoke size, and its record has the fields of the tables."""
 
 from __future__ import annotations
 

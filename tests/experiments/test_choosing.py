@@ -1,4 +1,4 @@
-"""What is told of methods before training: closed forms against counted bytes, advice at the ends, costs from files."""
+"""Advice on methods before training: closed forms against counted bytes, advice in extreme cases, costs from files."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ def test_bytes_and_memory_are_those_that_workers_over_real_links_counted() -> No
     assert by_method["local_sgd"].sync_bytes == measured["local_sgd"]["bytes_per_sync"]["counted"]
     assert by_method["ddp"].sync_bytes == measured["ddp"]["bytes_per_sync"]["closed_form"]
     assert by_method["ddp"].local_steps == 1
-    # Of the paper's network: half of 22 blocks, which have 68 % of the multiply-adds.
+    # The paper's network with half of its 22 blocks, which have 68 % of the multiply-adds.
     assert counted["blocks"] / counted["whole"] == pytest.approx(0.66, abs=0.001)
-    # What is predicted of a step with rounds is within a tenth of what was measured.
+    # The predicted time of a step with rounds is within a tenth of the measured one.
     for _, row, own in tables.pairs():
         assert row.method == "ddp" or row.seconds == pytest.approx(own["seconds_per_step"], rel=0.1)
 
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_ist_holds_slices_and_sends_what_its_formula_says(workers: int) -> None:
-    """By default half of the neurons: of four workers two hold a neuron, and means are taken."""
+    """By default half of the neurons: two of four workers hold a neuron, and values are averaged."""
     inputs, width, classes = 64, 128, 10
     example = torch.empty(2, inputs, device="meta")
     setting = Setting(workers, 20, slots=2)
@@ -89,7 +89,7 @@ def test_ist_holds_slices_and_sends_what_its_formula_says(workers: int) -> None:
 
 
 def kept(collective: Collective, config: Config) -> tuple[int, list[int]]:
-    """Bytes that a real worker's sync keeps in a round beside what it trains, and the closed form for all workers."""
+    """Bytes that a real worker's sync keeps beside the trained part in a round, and the closed form for all workers."""
     torch.manual_seed(0)
     model = preact_resnet(26, width_multiplier=1 / 16)
     layout = BlockLayout(model, config, collective.workers)
@@ -150,11 +150,11 @@ def test_seconds_are_compute_and_bytes_over_bandwidth_of_the_worker_that_sends_m
 @pytest.mark.parametrize(
     ("bandwidth", "compute", "costs", "point", "expected"),
     [
-        # Over a fast link without less computing nothing is gained; half of it is worth three points, at one price.
+        # Over a fast link only less computing helps; half of it is worth three points, at one price.
         (1e12, EQUAL, COSTS, 1.2, Advice("ddp", smaller="resist")),
         (1e12, HALF, COSTS, 1.2, Advice("resist", "ddp")),
         (1e12, HALF, COSTS, 1.3, Advice("ddp", faster="resist", smaller="resist")),
-        # Over a slow one a step takes 10 or 6: worth two points, but not three, let alone forty or who knows how many.
+        # Over a slow one a step takes 10 or 6: worth two points, but not three, forty, or an unknown number.
         (1e-3, HALF, COSTS, 1.2, Advice("resist", "local_sgd")),
         (1e-3, HALF, {**COSTS, "resist": 4.0}, 1.2, Advice("local_sgd", "ddp", "resist", "resist")),
         (1e-3, HALF, {**COSTS, "resist": 41.0}, 1.2, Advice("local_sgd", "ddp", "resist", "resist")),
@@ -200,7 +200,7 @@ def test_costs_are_means_over_the_seeds_that_ddp_has_too(tmp_path: Path) -> None
     (study,) = accuracy.residual_studies([folder])
 
     assert study.costs(2) == {"resist": accuracy.Cost(2.0, folder.name, 2, 2)}
-    # With three workers it was not measured: the next larger number counts, against the DDP that there is.
+    # Three workers were not measured: the next larger number counts, against the DDP that was.
     assert study.costs(3) == study.costs(64) == {"resist": accuracy.Cost(10.0, folder.name, 8, 1)}
     assert tables.cost_in_words("resist", accuracy.costs_of([study], 3), 3) == f"-10.0 ({folder.name}, S = 8)"
     assert tables.cost_in_words("ist", {}, 3) == "not measured"
@@ -281,7 +281,7 @@ def test_a_network_from_outside_the_repository(
     assert rows.keys() == {"ddp", "local_sgd", "diloco", "resist", "resist_outer"}
     block, rest = 8 * 8 * 9 + 8, (3 * 8 * 9 + 8) + (8 * 3 + 3)
     assert rows["ddp"]["parameters"] == rest + 6 * block
-    # The first block is shared, and of the five others one worker has three.
+    # The first block is shared, and a worker has up to three of the five others.
     assert rows["resist"]["parameters"] == rest + 4 * block
     assert rows["resist"]["memory_bytes"] == 4 * 4 * (rest + 4 * block)
     assert all(row["compute_seconds"] > 0 for row in rows.values())

@@ -1,4 +1,4 @@
-"""The classifier: the paper's schedule, what is logged, and a clock that agrees with the trainer."""
+"""The classifier: the paper's schedule, logged metrics, and a clock that agrees with the trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from experiments.data import Fake
 
 
 class Rates(Callback):
-    """Remembers the learning rate and what was logged in every step."""
+    """Remembers the learning rate and the names of logged metrics in every step."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []

@@ -1,4 +1,4 @@
-"""The command line of every study, on a study that does nothing: what is read, what is refused, how it ends."""
+"""The command line of every study, on a study that does nothing: options, refusals, exit codes."""
 
 from __future__ import annotations
 

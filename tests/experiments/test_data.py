@@ -1,4 +1,4 @@
-"""The data modules: sizes, splits, loaders, and what the strategies' data policies make of them."""
+"""The data modules: sizes, splits, loaders, and the effect of the strategies' data policies."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_workers_get_shards_or_copies_of_the_training_images(policy: Any, monkey
 
 
 def order_of(worker: int, policy: Any, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The training images of a worker, in its order, by the sampler that the strategy asks Lightning for."""
+    """The training images of a worker, in the order of the sampler that the strategy requests from Lightning."""
     strategy = ResISTStrategy(data=policy, parallel_devices=[torch.device("cpu")] * 2)
     strategy._local_rank = worker
     monkeypatch.setattr(base, "making_training_loaders", lambda session: True)

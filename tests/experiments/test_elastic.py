@@ -20,7 +20,7 @@ def test_the_others_go_on_without_a_lost_host_and_take_it_in_again(tmp_path: Pat
     assert (record["lost"]["workers"], record["back"]["workers"]) == (1, 2)
     assert (record["finished"], record["last_step"], record["weights_equal"]) == (2, 80, True)
     assert 0 <= record["lost"]["steps_lost"] <= LOCAL_STEPS
-    assert record["back"]["steps_lost"] == 0  # it was taken in at the border of a round
+    assert record["back"]["steps_lost"] == 0  # it was admitted at the border of a round
     assert (record["back"]["first_step"] - 1) % LOCAL_STEPS == 0
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of what an evaluation costs: its smoke size runs, and worker 0 alone, or nobody, evaluates."""
+"""The benchmark of the cost of an evaluation: its smoke size runs, where all workers, worker 0 or none evaluate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.helpers.programs import run_module
 
 
 def test_every_way_to_evaluate_is_measured(tmp_path: Path) -> None:
-    # So many images that evaluating them is more than what else happens in an evaluation.
+    # Enough images that their evaluation dominates the time.
     told = run_module("experiments.benchmarks.evaluations", "size=smoke", "examples=256", f"out={tmp_path}")
 
     rows = {row["way"]: row for row in read_record(tmp_path / "evaluations.jsonl")["rows"]}

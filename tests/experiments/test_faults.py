@@ -1,4 +1,4 @@
-"""The soak: a sample of its faults over real trainings, how it draws them, and what it would find."""
+"""The soak test: a sample of its faults in real trainings, the drawing of faults, and its findings."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_fault_can_strike() -> None:
             assert (fault.round, fault.worker) in cases.sending(case.workers)
 
 
-# What it finds.
+# Findings.
 
 KILLED = Case(Fault("kill", 1, "hand_over", round=1))
 LOST = {
@@ -177,7 +177,7 @@ def test_all_end_together_after_a_signal() -> None:
         ]
 
 
-# What is left on the disk, and of processes.
+# Files and processes left behind.
 
 
 def test_files_are_read_and_compared(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders of images: what is found, what is decoded once, and what is refused."""
+"""Folders of images: discovery, images decoded once, refusals."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_used_is_refused(
 ) -> None:
     for name, count in images.items():
         write(name, count)
-        (tmp_path / "images" / name / "notes.txt").touch()  # which is no image
+        (tmp_path / "images" / name / "notes.txt").touch()  # not an image
     with pytest.raises(ValueError, match=message):
         _ = opened(tmp_path).num_classes
 

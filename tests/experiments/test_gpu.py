@@ -1,4 +1,4 @@
-"""The GPU script: what it plans, how it limits cases, what it calls broken; and a smoke run of its contracts."""
+"""The GPU script: its plan, limits on cases, and criteria of failure; and a smoke run of its contracts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_smoke_run(tmp_path: Path) -> None:
         assert (row["outcome"], row["broken"], row["backend"]) == ("done", [], "gloo"), row
         assert len(row["evaluations"]) == 2
         assert row["largest_change_by_training"] > 0.01
-    assert alone["equal_tensors"] == alone["tensors"] > 50  # two addends have one order
+    assert alone["equal_tensors"] == alone["tensors"] > 50  # two addends have only one order
     assert alone["sent_bytes"] == alone["sent_bytes_by_formula"] != [0, 0]
     assert "agrees" in told
 
@@ -61,7 +61,7 @@ def test_the_full_size_without_a_gpu_is_refused(
     )
 
 
-# What it plans.
+# The plan.
 
 
 def test_parts_that_need_a_backend_come_after_the_probes() -> None:
@@ -83,7 +83,7 @@ def test_the_full_size_has_every_case_once() -> None:
 
 
 def test_the_limits_leave_room_in_nine_minutes() -> None:
-    assert FULL.seconds + 15 <= NINE_MINUTES == 540  # the last case is killed, and tables are made
+    assert FULL.seconds + 15 <= NINE_MINUTES == 540  # time to kill the last case, and to make the tables
     for part in PARTS.values():
         assert part.seconds_of_a_case <= part.seconds
     assert PARTS["accuracy"].seconds_of_a_case > FULL.training_seconds
@@ -127,7 +127,7 @@ def test_every_nccl_rank_has_a_host_of_its_own() -> None:
     assert hardware.nccl_variables(0, classic=True)["TORCH_DIST_USE_NCCL2"] == "0"
 
 
-# What it calls broken.
+# Criteria of failure.
 
 GOOD = {
     "ranks_equal": True, "largest_difference": 1e-7, "largest_change_by_training": 1.0,
@@ -176,10 +176,10 @@ def test_workers_of_two_ranks_train_on_the_batches_of_both() -> None:
     assert torch.equal(x, torch.cat([part[0] for part in parts]))
     assert torch.equal(y, torch.cat([part[1] for part in parts]))
     assert not torch.equal(x, other)
-    assert not list(contracts.make_network(task).buffers())  # nothing that tells of a part of a batch
+    assert not list(contracts.make_network(task).buffers())  # so that splitting a batch has no effect
 
 
-# How it limits: real processes.
+# Limits, on real processes.
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def act(case: tuple[str, Path]) -> dict[str, Any]:
-    """A case in its process."""
+    """Act as a case in its process."""
     what, path = case
     if what == "raise":
         raise RuntimeError(f"in {Path.cwd()}")
@@ -218,7 +218,7 @@ def test_every_case_has_a_row_whatever_becomes_of_it(briefly: None, tmp_path: Pa
     assert "-9" in rows["die"]["reason"]
     assert "not done after 1 s; it said last: begun" in rows["hang"]["reason"]
     assert 1 <= rows["hang"]["seconds"] < 3
-    assert_gone(int((tmp_path / "pid").read_text()))  # what it had started too
+    assert_gone(int((tmp_path / "pid").read_text()))  # its child, too
     assert "killed" in outcome(rows["hang"])
 
 
@@ -229,7 +229,7 @@ def assert_gone(pid: int) -> None:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
             return
-        if state == "Z":  # nobody waits for an orphan where the first process does not
+        if state == "Z":  # an orphan stays a zombie if the init process does not reap it
             return
         time.sleep(0.02)
     raise AssertionError(f"process {pid} still runs")

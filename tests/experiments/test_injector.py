@@ -1,4 +1,4 @@
-"""The fault injector does what its sentence says: there, once, in that worker; and what never came is an error."""
+"""The fault injector does what its sentence says, there, once, in that worker; a fault that never came is an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATIENCE_SECONDS = 30.0
 
 
 def fit(worker: int, folder: str, fault: Fault, *others: L.Callback) -> Injector:
-    """Three rounds with their syncs, then an evaluation, then a checkpoint; then the same again."""
+    """Train three rounds with their syncs, then an evaluation, then a checkpoint; then the same again."""
     injector = Injector(fault, Path(folder, f"note-{worker}"))
     tempfile.tempdir = folder
     saving = ModelCheckpoint(Path(folder, "saved"), save_on_train_epoch_end=True)
@@ -71,11 +71,11 @@ def test_what_cannot_be_is_refused(make: Callable[[], Fault], message: str) -> N
         make()
 
 
-# What it does.
+# Effects.
 
 
 def strike_a_child(_: int, kind: str) -> str:
-    """How a process that is struck ends, or that it is stopped; it goes on when it is thawed."""
+    """Strike a child process; returns the signal that ends or stops it, and after a thaw its exit code."""
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -140,11 +140,11 @@ def test_a_worker_that_is_killed_while_it_writes_leaves_half_a_file_on_the_disk(
     assert injections.HALF_A_FILE_BYTES in [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
 
 
-# Where, once, and in one worker only.
+# In the right place, once, and in one worker only.
 
 
 class Begun(L.Callback):
-    """How often a function that sends has returned, since the worker began with what it does."""
+    """Counts the returns of a sending function since the worker's present activity began."""
 
     def __init__(self, name: str | None) -> None:
         self.times = 0
@@ -167,7 +167,7 @@ class Begun(L.Callback):
 
 
 def fit_with_a_mark(worker: int, folder: str, fault: Fault) -> list[tuple[str, int]]:
-    """Instead of the blow, note where the worker is, and how many such messages it has begun to send there."""
+    """Instead of a fault, note the worker's stack, and the number of such messages that it has begun to send there."""
     found: list[tuple[str, int]] = []
     begun = Begun(injections.SENDING.get(fault.place))
     injections.INJECTIONS[fault.kind] = lambda _: found.append(("".join(traceback.format_stack()), begun.times))

@@ -1,4 +1,4 @@
-"""IST's experiments: every training is on equal samples, what is counted is the closed form, and the tables say it."""
+"""IST's experiments: every training is on equal samples, counts are the closed forms, and the tables show them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHOSEN = ["tasks=[digits]", "workers=[2,4]", "passes=4"]
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of all result files of the command itself, and what it printed."""
+    """The folder of all result files of the command itself, and its output."""
     out = tmp_path_factory.mktemp("ist") / "new"
     output = run_module("experiments.ist.run", "size=smoke", f"out={out}", *CHOSEN)
     return out, output
@@ -75,12 +75,12 @@ WEIGHTS = {
 
 @pytest.mark.parametrize(("width", "workers"), WEIGHTS)
 def test_the_papers_networks_have_the_weights_and_bytes_counted_by_hand(width: int, workers: int) -> None:
-    """Section 3 for the weights. Bytes: the chance that the next place of a number is another worker."""
+    """Section 3 for the weights. Bytes: the probability that a number's next place is another worker."""
     found = volumes(Shape(4096, width), workers, 4)
     assert found["weights"] == WEIGHTS[width, workers]
     hidden, moves, share = (1, 2)[width == 8192], 1 - 1 / workers, 1 / workers
     numbers = (4096 + 35 + 4 * hidden) * width * moves
-    if hidden == 2:  # in a slice before, after, or both; what is in the store before and after stays
+    if hidden == 2:  # in a slice before, after, or both; entries in the store before and after stay
         numbers += width**2 * moves * (2 * share - share**2)
     assert found["ist_round"] == pytest.approx(4 * numbers / workers, rel=0.02)
     parameters = (4096 + 35 + 2 * hidden) * width + (width**2 if hidden == 2 else 0)
@@ -127,7 +127,7 @@ def test_a_finish_is_local_sgd_from_the_full_model() -> None:
     full = sum(t.nbytes for t in [*start.parameters(), *start.buffers()])
     before = sent_bytes(replace(case, finish=False), "smoke", 27, 27)
     shared = 4 * 10 + 2 * 8  # the output's bias, and two counters of batches
-    # nine rounds have eight syncs; then each of two workers sends its half to the other; then one average
+    # Nine rounds have eight syncs; then each of two workers sends its half to the other; then one average.
     assert sent_bytes(case, "smoke", 30, 27) == before + (full - shared) / 2 + full
     alone = trained(replace(case, method="single", workers=1), 10)
     assert all(map(torch.equal, alone, trained(replace(case, workers=1), 10, finish_at=6)))
@@ -144,7 +144,7 @@ def test_bytes_of_the_other_methods_by_hand() -> None:
     case = base("digits", "ddp", 2, 0)
     assert sent_bytes(case, "smoke", 100, 100) == 100 * 4 * parameters
     assert sent_bytes(base("digits", "single", 1, 0), "smoke", 100, 100) == 0
-    assert sent_bytes(base("digits", "local_sgd", 2, 0), "smoke", 100, 100) == 4 * whole  # the fifth is the end
+    assert sent_bytes(base("digits", "local_sgd", 2, 0), "smoke", 100, 100) == 4 * whole  # the last round has no sync
     travelling = replace(base("digits", "ist", 2, 0), sgd_momentum=0.9, momentum="travel")
     kept = replace(travelling, momentum="reset")
     assert sent_bytes(travelling, "smoke", 100, 100) > 1.5 * sent_bytes(kept, "smoke", 100, 100)
@@ -166,7 +166,7 @@ def test_the_speed_up_by_formula() -> None:
     found = speed_up({"seconds": {"1": 2.0, "4": 0.9}}, volume, 0.1)
     assert found["ist"] == pytest.approx(0.9 + 2 / 20)
     assert found["local_sgd"] == pytest.approx(2 + 20 / 20)
-    assert found["ddp"] == 10.0  # longer than the compute, which it hides
+    assert found["ddp"] == 10.0  # longer than the compute, which is hidden
     assert (found["over_local_sgd"], found["over_ddp"]) == (pytest.approx(3), pytest.approx(10))
 
 

@@ -1,4 +1,4 @@
-"""IST comes to the accuracy of local SGD, within a tolerance."""
+"""IST reaches the accuracy of local SGD, within a tolerance."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def network() -> nn.Sequential:
 
 
 def accuracy(simulator: Simulator | NeuronSimulator, data: SpeechShaped) -> float:
-    """Of the full model, after equal steps on equal samples, a shard for each worker."""
+    """Accuracy of the full model after equal steps on equal samples, with a shard for each worker."""
     x, y = examples(data, train=True)
     generator = torch.Generator().manual_seed(4)
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""Links of chosen bandwidth: the network that is made, what is measured on it, and that nothing of it stays."""
+"""Links of chosen bandwidth: the network that is made, the measurements on it, and that nothing of it stays."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_buckets_hold_some_packets_and_little_time() -> None:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One smoke run, of the methods that count."""
+    """A smoke run."""
     folder = tmp_path_factory.mktemp("links")
     output = run_module("experiments.links.run", "size=smoke", "bandwidths_gbit=[0.1]", f"out={folder}")
     assert {path.name for path in folder.iterdir()} == {"links.jsonl", "links.png"}
@@ -128,7 +128,7 @@ def test_what_was_counted_is_the_closed_form_and_what_the_kernel_saw(measured: d
 
 @needs_namespaces
 def test_workers_of_two_processes_send_each_byte_over_the_slow_link_once(tmp_path: Path) -> None:
-    """And of single processes that share a node, only what goes to the other node crosses the link."""
+    """Of workers of one process that share a node, only bytes to the other node cross the link."""
     run_module("experiments.links.run", "size=nodes_smoke", "methods=[resist,resist_node]", f"out={tmp_path}")
     measured = read_record(tmp_path / "nodes.jsonl")
     single, node = (row["bytes_per_sync"] for row in measured["rows"])
@@ -251,7 +251,7 @@ def test_the_rows_of_a_run_known_by_hand() -> None:
     (of_node,) = summary.summarise({"local_steps": 10, "steps_per_round": 3, "per_node": 2}, runs)
     sent = of_node["bytes_per_sync"]
     assert sent["counted"] == sent["closed_form"] == 50_000_004  # of both workers
-    assert sent["crossing"] == 25_000_002  # each tells that of its node
+    assert sent["crossing"] == 25_000_002  # each reports that of its node
     assert of_node["inside_bytes"] == pytest.approx({"step": 20, "sync": 8})
 
     of_node["bytes_per_sync"]["kernel"] = None  # as without root
@@ -263,7 +263,7 @@ def test_the_rows_of_a_run_known_by_hand() -> None:
 
 @needs_namespaces
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    """The fixtures see to what may not be left: namespaces, processes."""
+    """The fixtures check for leftover namespaces and processes."""
     before = rig.namespaces_in_use()
     process = start(RUN, "size=smoke", "methods=[resist]", "rounds=1000", f"out={tmp_path}")
     deadline = time.monotonic() + 60

@@ -37,15 +37,15 @@ def read(folder: Path, name: str = "results.json") -> dict[str, Any]:
 
 @pytest.mark.parametrize(("devices_per_worker", "workers"), [(1, 8), (2, 4), ("node", 2)])
 def test_workers_of_several_processes_are_counted_once(devices_per_worker: Any, workers: int) -> None:
-    """Each process was taken for a worker, in the check of the counts of blocks and in run.json."""
+    """Each process counted as a worker, in the check of the counts of blocks and in run.json."""
     place = OmegaConf.create({"devices": 4, "num_nodes": 2})
     strategy = LocalSGDStrategy(devices_per_worker=devices_per_worker)
     assert count_workers(strategy, place) == workers
-    assert count_workers("auto", place) == 8  # not ours, as Lightning's DDP
+    assert count_workers("auto", place) == 8  # not one of ours, such as Lightning's DDP
 
 
 def check_evaluations(results: dict[str, Any], strategy: str, folder: Path) -> None:
-    """The checkpoint is a plain model, and under the strategy the same one."""
+    """Check that the checkpoint is a plain model, and the same model under the strategy."""
     for options in (["strategy=single"], [f"strategy={strategy}", "devices=2", FORKED]):
         where = folder / options[0].partition("=")[2]
         place = [f"ckpt_path={results['checkpoint']}", "accelerator=cpu", f"hydra.run.dir={where}"]
@@ -59,7 +59,7 @@ def check_evaluations(results: dict[str, Any], strategy: str, folder: Path) -> N
 def test_resist_with_two_workers_learns_the_digits_and_its_checkpoint_is_a_model(tmp_path: Path) -> None:
     run = tmp_path / "run"
     small = [*SMALL, "strategy.min_blocks=1", "strategy.local_steps=5", "optimizer.lr=0.1", "trainer.max_epochs=4"]
-    program = str(ROOT / "experiments" / "train.py")  # with workers that are interpreters of their own
+    program = str(ROOT / "experiments" / "train.py")  # its workers are interpreters of their own
     output = run_program([program, *small, f"hydra.run.dir={run}"], tmp_path, timeout=200)
     results = read(run)
     assert results["test"]["accuracy"] > 0.8, output
@@ -117,7 +117,7 @@ def test_auxnet_reports_its_stages_and_its_checkpoint_is_a_model(tmp_path: Path)
 
 @pytest.mark.timeout(300)
 def test_the_same_command_runs_the_other_strategies_with_workers(tmp_path: Path) -> None:
-    """Without validations: another process evaluates what they save."""
+    """Without validations: another process evaluates their checkpoints."""
     chosen = ["strategy=local_sgd,ddp", "trainer.devices=2", FORKED, f"hydra.sweep.dir={tmp_path}/sweep"]
     train("-m", *TINY, *chosen, "callbacks=followed", "callbacks.progress_bar=null", "trainer.limit_val_batches=0")
     folders = sorted((tmp_path / "sweep").glob("[01]"))

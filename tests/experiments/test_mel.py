@@ -1,4 +1,4 @@
-"""Mel spectrograms: librosa's values, and what follows from the definition alone."""
+"""Mel spectrograms: librosa's values, and properties that follow from the definition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIBROSA = json.loads((Path(__file__).parent / "mel_of_librosa.json").read_text()
 
 
 def spectrogram(samples: np.ndarray) -> np.ndarray:
-    """(128, 32)."""
+    """A spectrogram of 128 bands and 32 frames."""
     found = decibels(torch.from_numpy(samples.astype(float))[None])
     assert found.shape == (1, FEATURES)
     assert found.dtype == torch.float32

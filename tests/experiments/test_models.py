@@ -1,4 +1,4 @@
-"""The fully connected networks: what they are made of, and that IST divides them as its paper says."""
+"""The fully connected networks: their layers, and that IST divides them as in its paper."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights(net: nn.Module) -> int:
 
 @pytest.mark.parametrize(
     ("depth", "width", "expected"), [(2, 4096, 16_920_576), (3, 8192, 100_950_016)]
-)  # of the paper of IST
+)  # of IST's paper
 def test_the_papers_speech_networks_have_its_weights(depth: int, width: int, expected: int) -> None:
     with torch.device("meta"):
         net = mlp(in_features=4096, num_classes=35, depth=depth, width=width, output_norm=True)

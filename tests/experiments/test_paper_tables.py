@@ -1,4 +1,4 @@
-"""The paper's own accounting: what is printed in the paper, derived by hand, or stated by torchvision, against ours."""
+"""The paper's accounting: numbers printed in the paper, derived by hand, or stated by torchvision, against ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.programs import run_module
 
 SHARED, BLOCK = 15_422_116, 1_180_672
 
-# Table 1 of the paper; 0.454 is 0.45455 cut off, all others are rounded.
+# Table 1 of the paper; 0.454 is 0.45455 truncated, all others are rounded.
 PRINTED = {2: (0.662, 0.454), 4: (1.325, 0.720), 8: (2.649, 1.289)}
 COUNTS = {2: [11, 11], 4: [6] * 4, 8: [4] * 8}
 
@@ -31,7 +31,7 @@ def by_name(name: str) -> Network:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
-    """The result file of the command itself, what it printed, and its folder."""
+    """The result file of the command itself, its output, and its folder."""
     out = tmp_path_factory.mktemp("paper_tables") / "new"
     output = run_module("experiments.paper_tables.run", "size=smoke", f"out={out}")
     return read_record(out / "paper_tables.jsonl"), output, out
@@ -94,7 +94,7 @@ def test_torchvision_states_the_same_parameters_and_macs(name: str, blocks: int)
 
 
 def macs_by_hand(blocks: int) -> int:
-    """Of the paper's "101", 100 classes, 32 x 32: convolutions by the places they are applied at, and the head."""
+    """Multiply-adds of the paper's "101" (100 classes, 32 x 32): convolutions times positions, and the head."""
     stem = 3 * 64 * 9 * 32**2
     sections = 3 * 2 * 64 * 64 * 9 * 32**2
     for places, width, kept in ((16**2, 128, 3), (8**2, 256, blocks), (4**2, 512, 2)):
@@ -125,7 +125,7 @@ def test_the_ratio_follows_the_formula_and_the_mean_worker(smoke: tuple[dict[str
 
 
 def narrow_sizes(width: float) -> tuple[int, int]:
-    """Parameters of the narrow network: shared, and of one partitioned block."""
+    """Numbers of parameters of the narrow network: shared, and of a partitioned block."""
     net = preact_resnet(101, num_classes=100, width_multiplier=width)
     block = sum(parameter.numel() for parameter in net.section3[1].parameters())
     return sum(parameter.numel() for parameter in net.parameters()) - 22 * block, block

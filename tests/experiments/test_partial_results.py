@@ -1,4 +1,4 @@
-"""A study that was asked for one method, or was stopped after its first training, still shows what it has."""
+"""A study of only one method, or one that was stopped after its first training, still shows its results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPARED = [
 
 
 def contents_of_cases(folder: Path) -> list[tuple[Path, Content]]:
-    """The result files of a study whose rows have a case each."""
+    """The result files of a study with a case in each row."""
     found = [(path, read_record(path)) for path in sorted(folder.glob("results/**/*.jsonl"))]
     return [(path, content) for path, content in found if "case" in next(iter(content.get("rows", [])), {})]
 

@@ -1,4 +1,4 @@
-"""Memory by phase: what no phase of a worker's life may exceed, and that the benchmark writes it down."""
+"""Memory by phase: limits for each phase of a worker's life, and the benchmark's record of them."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_in_no_phase_does_a_worker_hold_more_than_its_part_and_a_message(tmp_pat
         assert row["bound"] == 3 * PART
         assert row["stated"] == MOST
         for phase in tables.PHASES:
-            # A part less would be a phase that was not measured.
+            # With less than a part the phase would not have been measured.
             assert PART < row[phase]["allocated"] <= MOST[phase] + NOISE, phase
-    # The first one may hold all weights, once, beside what it trains with.
+    # Worker 0 may also hold all weights, once.
     for phase in tables.PHASES:
         assert PART < first[phase]["allocated"] <= 3 * PART + full + PART + NOISE, phase
     assert first["start"]["allocated"] > full

@@ -1,4 +1,4 @@
-"""The benchmark of snapshots and checkpoints: its smoke size runs, and its record says what lies on the disk."""
+"""The benchmark of snapshots and checkpoints: its smoke size runs, and its record lists the files on the disk."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ METRICS = """step,train/loss,val/loss,val/acc,lr-SGD
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """The folder of a run with rounds, its results, and what was shown."""
+    """The folder of a run with rounds, its results, and the report's output."""
     folder = tmp_path_factory.mktemp("report")
     write(folder, RUN, SUMMARY)
     return folder, *reported(folder)

@@ -1,4 +1,4 @@
-"""The made task: the same from its seed everywhere, learned by a network and not by a linear classifier."""
+"""The generated task: determined by its seed everywhere, learned by a network and not by a linear classifier."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_test_is_not_in_the_training_and_does_not_depend_on_its_size() -> No
 
 
 def test_no_two_seeds_share_draws_in_training_or_test() -> None:
-    """With streams numbered seed + part, the test of seed 0 would take the draws of the training of seed 1."""
+    """With streams numbered seed + part, the test data of seed 0 would be drawn like the training data of seed 1."""
     parts = [small(seed=seed, test_size=40).read(train=train) for seed in range(4) for train in (True, False)]
     assert len({tuple(part.labels.tolist()) for part in parts}) == 8
 

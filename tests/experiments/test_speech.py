@@ -1,4 +1,4 @@
-"""Speech Commands: whose clips are tested, what is left out, what is kept on disk, what is refused."""
+"""Speech Commands: test speakers, omitted clips, the cache on disk, refusals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def ready(data: SpeechCommands) -> SpeechCommands:
 
 @pytest.fixture
 def said() -> Iterator[Callable[[], str]]:
-    """What Lightning told the user since, in one text."""
+    """Lightning's messages to the user so far, as one text."""
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]

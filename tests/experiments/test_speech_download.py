@@ -1,4 +1,4 @@
-"""Fetching Speech Commands, from a server on this host: the published address was not within reach."""
+"""Fetching Speech Commands, from a server on this host, as the published address was out of reach."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.clips import clip, write_wav
 
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Archive]:
-    """The words' folders as the published archive has them, behind a server on this host."""
+    """An archive of the words' folders like the published one, behind a server on this host."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     path = tmp_path / "served" / "words.tar.gz"
     for word in WORDS:

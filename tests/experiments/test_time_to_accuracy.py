@@ -1,4 +1,4 @@
-"""Time to accuracy: the clock stands while the full model is evaluated, and the table says who was first."""
+"""Time to accuracy: the clock stops while the full model is evaluated, and the table names the first method."""
 
 from __future__ import annotations
 

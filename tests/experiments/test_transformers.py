@@ -1,4 +1,4 @@
-"""The study of transformers: every case runs, costs are the closed forms', and the language model is what it says."""
+"""The study of transformers: every case runs, costs are the closed forms, and the language model is as described."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_bits_per_byte_and_the_baselines() -> None:
     batches = [(torch.ones(2, 3, 1), torch.randint(256, (2, 3))), (torch.ones(1, 3, 1), torch.randint(256, (1, 3)))]
     counted = torch.bincount(torch.cat(stretches()["train"]).long(), minlength=256).double()
     test = torch.cat(stretches()["test"]).long()
-    # Where every byte has been seen often, the smoothing of a unigram is nothing.
+    # Where every byte is frequent, the smoothing of a unigram has no effect.
     plain = -(counted / counted.sum()).clamp(min=1e-9).log2()[test].mean()
 
     assert bits(uniform, batches) == pytest.approx(8)
@@ -129,11 +129,11 @@ def test_the_costs_are_closed_forms() -> None:
     assert cost("ddp")["sent_bytes"] == 6 * 4 * whole
     assert cost("local_sgd", "keep")["sent_bytes"] == 2 * 4 * whole
     assert cost("diloco", "keep") == cost("local_sgd", "reset")
-    # One of two blocks in each worker.
+    # Each worker has one of two blocks.
     assert cost("resist", "keep")["held"] == whole - block
     assert cost("resist", "reset")["sent_bytes"] < cost("resist_outer", "keep")["sent_bytes"]
     moved = cost("resist", "keep")["sent_bytes"] - 2 * 4 * (whole - 2 * block)
-    # Adam has two numbers for each of a block's, and counts the steps of each of its tensors.
+    # Adam has two numbers for each parameter of a block, and a counter of steps for each tensor.
     state = cost("resist", "travel")["sent_bytes"] - cost("resist", "keep")["sent_bytes"]
     assert moved > 0
     assert 2 * moved < state < 2.1 * moved

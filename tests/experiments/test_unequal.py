@@ -1,4 +1,4 @@
-"""The experiment with a slow worker: it runs, cleans up after itself, and its table says what was measured."""
+"""The experiment with a slow worker: it runs, cleans up after itself, and its table shows the measurements."""
 
 from __future__ import annotations
 

@@ -20,14 +20,14 @@ from tests.helpers.trainers import make_trainer
 SAMPLES = 40
 """Five batches."""
 
-# Three ways in which stages train: gradients are late, inputs are guessed, or stages wait for each other.
+# Three modes of training in stages: delayed gradients, guessed inputs, or stages that wait for each other.
 LATE: dict[str, Any] = {"warmup_steps": 0}
 GUESSES: dict[str, Any] = {"method": "penalty", "warmup_steps": 0}
 SERIAL: dict[str, Any] = {"method": "penalty", "warmup_steps": 1000}
 
 
 class Pictures(Dataset[tuple[Tensor, Tensor]]):
-    """Samples that are what they are, whoever asks and how often: noise, a little brighter for each class."""
+    """Samples that depend on their index alone: noise, a little brighter for each class."""
 
     def __init__(self, samples: int = SAMPLES, size: int = 8) -> None:
         self.samples, self.size = samples, size
@@ -47,7 +47,7 @@ def pictures(**options: Any) -> DataLoader[Any]:
 
 
 def make_stages(**options: Any) -> AuxNetStrategy:
-    """A strategy that meets after every three steps, with one step of warm-up; auxiliary networks are small."""
+    """A strategy with a handshake every three steps, one step of warm-up, and small auxiliary networks."""
     usual = {"check_every_n_steps": 3, "warmup_steps": 1}
     if options.get("method", "delayed") != "delayed":
         usual |= {"aux_width": 4, "aux_learning_rate": 0.02}
@@ -71,7 +71,7 @@ def fit_stages(
 
 
 def in_order(loader: DataLoader[Any], seed: int = 0) -> DataLoader[Any]:
-    """The loader, with the order of the samples that the strategy gives to all workers."""
+    """A loader of the same samples, in the order that the strategy gives all workers."""
     sampler: Any = DistributedSampler(loader.dataset, 1, 0, seed=seed)  # type: ignore[arg-type]
     return DataLoader(loader.dataset, loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
 
@@ -104,7 +104,7 @@ class Metered(Classifier):
 
 
 class Notes(L.Callback):
-    """The metrics that are known after each batch, and how many parameters had memory then."""
+    """Notes the metrics after each batch, and the names of the parameters that have memory then."""
 
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
@@ -116,5 +116,5 @@ class Notes(L.Callback):
 
 
 def told(caught: list[warnings.WarningMessage], part: str) -> list[str]:
-    """The warnings that say something."""
+    """The warnings that contain ``part``."""
     return [str(warning.message) for warning in caught if part in str(warning.message)]

@@ -50,7 +50,7 @@ class Worker:
 
 @dataclass
 class Outer:
-    """An outer optimizer: SGD with Nesterov momentum from where the round began."""
+    """An outer optimizer: SGD with Nesterov momentum, from the values at the beginning of the round."""
 
     rate: float
     momentum: float
@@ -79,7 +79,7 @@ def train(
 ) -> tuple[float, list[float]]:
     """Train with SGD and sync after each of ``rounds`` but the last; returns the mean over the last round's holders.
 
-    What all average in a sync is taken ``overlap`` steps before the end of its round, and what moves later.
+    A sync takes the tensors that all average ``overlap`` steps before the end of its round, moving blocks later.
     """
     workers = [Worker(stem, {block: links[block] for block in held}) for held in rounds[0]]
     step = 0
@@ -119,7 +119,7 @@ def _step(worker: Worker, x: float, lr: float, beta: float) -> None:
 
 @dataclass
 class Sent:
-    """What a sync makes of what the workers have when it leaves, and what each of them has then."""
+    """A sync under way: the means to send, and each worker's own values when they were taken."""
 
     own: list[Worker]
     means: dict[int | str, float] = field(default_factory=dict)
@@ -144,7 +144,7 @@ def _receive(workers: list[Worker], before: HELD, after: HELD, sent: Sent, momen
         worker.stem += sent.means["stem"] - own.stem
         links = {}
         for block in new:
-            # What it has learned of a block since then stays with it, unless the block comes from somebody else.
+            # The worker's own change of a block since then is kept, unless the block comes from another worker.
             since = worker.links[block] - own.links[block] if block in old else 0.0
             links[block] = sent.means[block] + since
         worker.links = links

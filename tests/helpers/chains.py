@@ -1,4 +1,4 @@
-"""Networks that are cut into stages, whose forward a test writes, and what is said where they cannot be cut."""
+"""Networks to be cut into stages, with a forward that the test writes, and the error of those that cannot be cut."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Blocks(nn.Module):
 
 
 def refusal(module: nn.Module, network: str | None = None) -> str:
-    """What is said to one that cannot be cut."""
+    """The error message for a network that cannot be cut."""
     with pytest.raises(StageSelectionError) as raised:
         find_chain(module, network)
     return str(raised.value)
 
 
 def bounds(chain: Chain, cuts: set[int]) -> list[tuple[int, int]]:
-    """First unit of each stage, and the one after its last."""
+    """For each stage its first unit, and the one after its last."""
     ends = [0, *sorted(cuts), len(chain.units)]
     return list(pairwise(ends))

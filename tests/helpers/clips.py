@@ -1,8 +1,8 @@
-"""Clips of one second that every machine makes alike, and the command that asks librosa what it thinks of them.
+"""Clips of one second, the same on every machine, and the command that writes librosa's mel spectrograms of them.
 
 python -m tests.helpers.clips > tests/experiments/mel_of_librosa.json
 
-needs librosa (``pip install librosa``, in an environment of its own); nothing else here does.
+needs librosa (``pip install librosa``, in a separate environment); nothing else here does.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _click() -> np.ndarray:
 
 
 def _ends() -> np.ndarray:
-    """All its power is at its ends, where padding decides."""
+    """Noise at both ends only, where the result depends on the padding."""
     return np.where((np.arange(RATE) < 300) | (np.arange(RATE) > RATE - 200), _noise(), 0.0)
 
 
@@ -67,7 +67,7 @@ CLIPS: dict[str, Callable[[], np.ndarray]] = {
 
 
 def clip(name: str, count: int = RATE) -> np.ndarray:
-    """int16 (count,), by repetition or cut where it is not 16000."""
+    """A clip as int16 (count,), repeated or cut if ``count`` is not 16000."""
     return np.resize(_rendered(name), count)
 
 
@@ -95,7 +95,7 @@ def ask_librosa() -> dict[str, object]:
     for name in CLIPS:
         mel = librosa.feature.melspectrogram(
             y=clip(name).astype(float), sr=RATE, n_mels=128, pad_mode="reflect"
-        )  # reflect: what librosa did by itself in 2020
+        )  # reflect: librosa's default in 2020
         level = librosa.power_to_db(mel, ref=np.max)
         some = level[np.ix_(list(PLACES["band"]), list(PLACES["frame"]))]
         found[name] = {"mean": round(float(level.mean()), 6), "some": np.round(some, 6).tolist()}

@@ -35,13 +35,13 @@ def cut(module: nn.Module, neurons: Neurons, kept: Sequence[Sequence[int]]) -> n
 
 
 def spread(kept: Sequence[int], repeat: int) -> list[int]:
-    """Entries of a flattened feature map that belong to neurons."""
+    """Indices of the neurons' entries in a flattened feature map."""
     return [neuron * repeat + position for neuron in kept for position in range(repeat)]
 
 
 @contextmanager
 def masked(module: nn.Module, neurons: Neurons, kept: Sequence[Sequence[int]]) -> Iterator[nn.Module]:
-    """All layers that read neurons read zero of those that are not kept."""
+    """Inside, all layers that read neurons read zero for those that are not kept."""
     handles = []
     for name, how in neurons.cuts.items():
         if how.columns is not None:

@@ -1,7 +1,7 @@
-"""A user's script in which a worker comes to harm: ``python -m tests.helpers.dying HARM WORKER FOLDER [START_METHOD]``.
+"""A user's script in which a worker fails: ``python -m tests.helpers.dying HARM WORKER FOLDER [START_METHOD]``.
 
-Every process writes its pid to FOLDER when it begins to train, and the error with which it ends. After a signal, it
-also writes that it could do something afterwards.
+Every process writes its pid to FOLDER when it begins to train, and the error with which it ends. If HARM is SIGINT or
+SIGTERM, it creates a file some heartbeats after the error, to show that nothing has killed it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.helpers.plain import Classifier, batch_of
 from tests.helpers.trainers import QUIET, kind_for, make_strategy
 
 SILENCE = timedelta(seconds=4)
-TIMEOUT = timedelta(seconds=30)  # above what importing Lightning takes on a busy machine
+TIMEOUT = timedelta(seconds=30)  # above the time to import Lightning on a busy machine
 STEPS, AT_STEP = 400, 61
 
 
@@ -51,7 +51,7 @@ HARMS: dict[str, Callable[[], None]] = {
 
 
 class Harmed(Classifier):
-    """One worker comes to harm in its local steps, or (``load:``) while it waits for data."""
+    """One worker fails in a local step, or (``load:``) while it waits for data."""
 
     def __init__(self, harm: str, worker: int, folder: str, kind: str = "preact") -> None:
         super().__init__(kind)
@@ -67,7 +67,7 @@ class Harmed(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.meet_harm("step", batch_idx)
-        time.sleep(0.02)  # so that a run lasts longer than it takes to notice
+        time.sleep(0.02)  # so that a run outlasts the detection of the failure
         return super().training_step(batch, batch_idx)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -94,7 +94,7 @@ def train(
     overlap: int = 0,
     **options: Any,
 ) -> None:
-    """Fit, and write how that ended."""
+    """Fit, and write the error with which it ends, if any."""
     if harm.startswith("SIG"):
         options.update(callbacks=[OnExceptionCheckpoint(folder)], enable_checkpointing=True)
     more = {"overlap": overlap} if overlap else {}

@@ -1,4 +1,4 @@
-"""A user who has a checkpoint and Lightning, and not this package.
+"""A user's program that evaluates checkpoints with Lightning, without this package.
 
 ``python -m tests.helpers.evaluate_plain WORKERS PATH...`` prints the metrics of every checkpoint as JSON.
 """

@@ -1,4 +1,4 @@
-"""Residual networks as people write them by hand, small: encoders, ResNets, U-Nets, graphs, diffusion transformers."""
+"""Small residual networks as users write them by hand: encoders, ResNets, U-Nets, graphs, diffusion transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEPTH = 5
 
 
 class EncoderBlock(nn.Module):
-    """A transformer block; the norm is before each branch, or behind each sum."""
+    """A transformer block; the norm is before each branch, or after each sum."""
 
     def __init__(self, norm_first: bool, width: int = WIDTH) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token ids to classes."""
+    """Classifies sequences of token ids."""
 
     def __init__(self, norm_first: bool) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
 
 
 class KeywordBlock(nn.Module):
-    """Called by keyword; returns a tuple with the bias that the next block needs."""
+    """A block that is called by keyword, and returns a tuple with the bias for the next block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class KeywordBlock(nn.Module):
 
 
 class Keywords(nn.Module):
-    """Passes a bias on from block to block."""
+    """A network that passes a bias on from block to block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def residual_mlp() -> nn.Module:
 
 
 class GraphLayer(nn.Module):
-    """The mean of the neighbours, through a layer."""
+    """A residual layer on the sum of a node's own and its neighbours' features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class GraphNetwork(nn.Module):
 
 
 class DiTBlock(EncoderBlock):
-    """Shift, scale and gate of both branches come from a condition (adaLN)."""
+    """A block with shift, scale and gate of both branches from a condition (adaLN)."""
 
     def __init__(self) -> None:
         super().__init__(norm_first=True)

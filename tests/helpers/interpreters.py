@@ -1,13 +1,13 @@
-"""New interpreters that cost nothing: importing torch and Lightning takes one five seconds of CPU.
+"""Starts interpreters as forks, at no cost: importing torch and Lightning takes five seconds of CPU.
 
-After `warm`, ``subprocess.Popen([sys.executable, ...])`` of this process gives forks of one that has imported all. That
-one, the template, was forked before anything else happened here. It forks twice and lets the process between end, so
-that the new one becomes a child of this process, which is a subreaper: launchers wait for it and kill it as ever::
+After `warm`, ``subprocess.Popen([sys.executable, ...])`` in this process forks a template that has imported all. The
+template was forked before anything else happened here. It forks twice and lets the process between end, so that the
+new process becomes a child of this one, which is a subreaper: launchers wait for it and kill it as usual::
 
     this process ─┬─ template ─── (between, ends) ─── the new one
                   └──────────────────────────────────────┘ adopts it
 
-Not so: ``multiprocessing``'s ``spawn``, and programs that take no ``.py`` file or ``-m``.
+Exceptions: ``multiprocessing``'s ``spawn``, and commands without a ``.py`` file or ``-m``.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _execute = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class _Start:
-    """What an interpreter is started with."""
+    """Arguments and environment of a new interpreter."""
 
     arguments: list[str]
-    network: str  # a namespace, or empty for that of the parent
+    network: str  # network namespace; empty for the parent's
     folder: str
     variables: dict[str, str]
-    group: int  # of processes; 0 for a session of its own
-    parent: int  # who asked for it
+    group: int  # process group; 0 for a new session
+    parent: int  # pid of the process that asked for it
 
 
 def warm() -> None:
@@ -61,7 +61,7 @@ def warm() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         libc.prctl(_END_WITH_PARENT, signal.SIGKILL)
-        os.setpgid(0, 0)  # signals to the group of this process are not for it
+        os.setpgid(0, 0)  # so that signals to this process's group do not reach it
         ours.close()
         _be_template(theirs)
     theirs.close()
@@ -86,7 +86,7 @@ def warm() -> None:
 
 
 def _parsed(command: Any) -> tuple[str, list[str]]:
-    """A network namespace, and an interpreter's arguments; none where the command is something else."""
+    """The network namespace and the interpreter's arguments of a command; no arguments if it needs a real Popen."""
     words, network = [str(word) for word in command] if isinstance(command, list | tuple) else [], ""
     if words[:3] == _IN_NETWORK:
         network, words = words[3], words[4:]
@@ -112,7 +112,7 @@ def _be_template(asked: socket.socket) -> NoReturn:
                 _be_interpreter(pickle.loads(message), streams)
             os.write(write, str(new).encode())
             os._exit(0)
-        os.waitpid(between, 0)  # only now the new one is a child of who asked
+        os.waitpid(between, 0)  # only now is the new process a child of the one that asked
         asked.send(os.read(read, 32))
         for end in (read, write, *streams):
             os.close(end)
@@ -126,14 +126,14 @@ def _be_interpreter(start: _Start, streams: list[int]) -> NoReturn:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
-    except BaseException:  # noqa: BLE001 - it is no one's child function
+    except BaseException:  # noqa: BLE001 - no caller is left to handle it
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
 def _begin(start: _Start, streams: list[int]) -> None:
-    """Be as an interpreter that has just imported torch and Lightning with these variables."""
+    """Set this process up as an interpreter that has just imported torch and Lightning with these variables."""
     deadline = time.monotonic() + 10
     while os.getppid() != start.parent and time.monotonic() < deadline:  # not yet adopted
         time.sleep(0.001)
@@ -164,7 +164,7 @@ def _begin(start: _Start, streams: list[int]) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """Run the program; its exit code."""
+    """Run the program; returns its exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     name = arguments[1] if arguments[0] == "-m" else arguments[0]
     more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -181,7 +181,7 @@ def _run(arguments: list[str]) -> int:
             return ended.code or 0
         sys.stderr.write(f"{ended.code}\n")
         return 1
-    except BaseException as error:  # noqa: BLE001 - an interpreter shows whatever it is
+    except BaseException as error:  # noqa: BLE001 - an interpreter prints any exception
         traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -191,7 +191,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _enter(network: str) -> None:
-    """As ``ip netns exec``: with the namespace's own /sys, which has the counters of its interfaces."""
+    """Enter a network namespace like ``ip netns exec``, with its own /sys, for the counters of its interfaces."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{network}", "rb") as namespace:
         failed = (

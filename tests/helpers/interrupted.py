@@ -15,7 +15,7 @@ from tests.helpers.plain import Classifier, stream
 
 
 class Slow(L.Callback):
-    """Every batch takes a while; says when the first is trained."""
+    """Slows every batch down, and creates a file when the first is trained."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -37,11 +37,11 @@ def fit(start_method: Any, steps: int, callbacks: list[L.Callback]) -> Classifie
 
 
 def fit_twice(start_method: Any, folder: str) -> tuple[bool, int, bool]:
-    """Whether the first fit was interrupted, how many workers it has left, and whether the second one trained."""
+    """Returns whether the first fit was interrupted, the number of workers left, and whether the second trained."""
     interrupted = False
     try:
         fit(start_method, 1000, [Slow(folder)])
-    except SystemExit:  # how Lightning ends a fit that is interrupted; a notebook goes on
+    except SystemExit:  # raised by Lightning when a fit is interrupted; a notebook continues
         interrupted = True
     left = len(multiprocessing.active_children())
     before = Classifier().state_dict()

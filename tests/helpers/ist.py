@@ -20,13 +20,13 @@ from tests.helpers.training import clone_state, decay, train_step
 CLASSES = 4
 INPUTS = 6
 
-ONE_AT_A_TIME = threading.Lock()  # workers may be threads, and torch.fx patches what all of them use while it traces
+ONE_AT_A_TIME = threading.Lock()  # workers may be threads, and torch.fx patches shared state while it traces
 
 EachStep = Callable[[Engine, int], None]
 
 
 def _paper() -> nn.Module:
-    """As in the paper: batch norm after every layer, no bias, a last norm without weights."""
+    """The paper's network: batch norm after every layer, no bias, a last norm without weights."""
     return nn.Sequential(
         *(nn.Linear(INPUTS, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU()),
         *(nn.Linear(12, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU()),
@@ -35,10 +35,10 @@ def _paper() -> nn.Module:
 
 
 def _mixed() -> nn.Module:
-    """Batch norm, layer norm and none; widths that few numbers of workers divide.
+    """Batch norm, layer norm and no norm; widths that few numbers of workers divide.
 
-    No bias before batch norm: its gradient is zero but for rounding, which Adam blows up to steps of full length. So is
-    what goes through layer norm over two neurons, whose outputs are 1 and -1: four workers have three at least.
+    No bias before batch norm: its gradient is zero but for rounding, which Adam blows up to steps of full length. The
+    same holds through layer norm over two neurons, whose outputs are 1 and -1: each of four workers has three at least.
     """
     return nn.Sequential(
         *(nn.Linear(INPUTS, 11, bias=False), nn.BatchNorm1d(11), nn.ReLU()),
@@ -88,7 +88,7 @@ class Run:
     optimizer: str = "sgd"
     frozen: tuple[str, ...] = ()
     observe_at: tuple[int, ...] = field(default=())
-    decay: float = 1.0  # of the learning rate, after each step
+    decay: float = 1.0  # factor of the learning rate after each step
 
 
 def one_holder(**settings: Any) -> NeuronConfig:
@@ -124,7 +124,7 @@ def batch_of(run: Run, worker: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def start_engine(run: Run, collective: Collective | None = None) -> tuple[Engine, Optimizer]:
-    """The engine of this worker, started."""
+    """This worker's engine, started, and its optimizer."""
     with ONE_AT_A_TIME:
         net = make_net(run)
         optimizer = make_optimizer(run, net)
@@ -139,7 +139,7 @@ def train_engine(
     """Train this worker to the end; returns the engine and the full model's state.
 
     Args:
-        run: what to train.
+        run: the training.
         worker: number of this worker.
         each_step: called after each optimizer step, before the sync that may follow it.
         collective: the workers; by default those of the process group.
@@ -162,7 +162,7 @@ def train_engine(
 def train_simulator(
     run: Run, workers: int, each_step: Callable[[NeuronSimulator, int], None] | None = None
 ) -> NeuronSimulator:
-    """The same training by the reference."""
+    """The same training by the reference simulator."""
     simulator = NeuronSimulator(make_net(run), lambda net: make_optimizer(run, net), run.config, workers, run.steps)
     for step in range(run.steps):
         for number, worker in enumerate(simulator.workers):
@@ -188,16 +188,16 @@ def slice_of(layout: NeuronLayout, full: Tensor, name: str, held: Sequence[Parti
 
 
 def full_state(engine: Engine) -> dict[str, Tensor]:
-    """The full model as it is seen now. Collective: every worker must call this."""
+    """The current state of the full model. Collective: every worker must call this."""
     with engine.full_model() as full:
         return clone_state(full)
 
 
 def masked_forward(run: Run, net: nn.Module, held: list[list[int]], x: Tensor) -> Tensor:
-    """What the network "mixed" computes from ``held`` neurons alone, written out with the full model's tensors.
+    """Output of the network "mixed" from ``held`` neurons alone, written out with the full model's tensors.
 
-    Layer norm has the statistics of the held neurons only. Where no norm follows a layer, what it sums is scaled as if
-    all its inputs were there.
+    Layer norm has the statistics of the held neurons only. Where no norm follows a layer, the next layer's input is
+    scaled up, as if all neurons were there.
     """
     assert run.net == "mixed"
     first, batch_norm, _, second, layer_norm, _, third, prelu, last = net
@@ -218,7 +218,7 @@ def masked_forward(run: Run, net: nn.Module, held: list[list[int]], x: Tensor) -
 
 
 def plain_training(run: Run, worker: int = 0) -> tuple[nn.Module, Any]:
-    """Without the package: the network trained by one process, with an optimizer that restarts every round."""
+    """Training by one process without the package; with ``momentum="reset"`` a new optimizer in every round."""
     net = make_net(run)
     for step in range(run.steps):
         if (step % run.config.local_steps == 0 and run.config.momentum == "reset") or step == 0:

@@ -1,4 +1,4 @@
-"""Which tests go to the same job where several run at once (pytest -n)."""
+"""Assigns tests to jobs, where several run at once (pytest -n)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ LOOK_AT_ALL_NAMESPACES = (
     "tests/experiments/test_links.py",
     "tests/experiments/test_time_to_accuracy.py",
 )
-"""They make network namespaces, and look at those of the whole host."""
+"""Tests that make network namespaces and list those of the whole host; they share a job."""
 
 
 class Files(LoadFileScheduling):
-    """Files as wholes, as their fixtures are for all tests; and some files one after the other.
+    """Assigns whole files, as their fixtures serve all of their tests, and some files together to one job.
 
     (Groups of xdist, `--dist loadgroup`, have no effect with xdist 3.8 and pytest 9.2.)
     """

@@ -1,6 +1,6 @@
-"""The augmented Lagrangian of a network that is cut into stages, written down from its definition.
+"""The augmented Lagrangian of a network that is cut into stages, written from its definition.
 
-Nothing of the package's steps is used; only where the network is cut.
+Of the package only the cut network is used, none of its steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Loss = Callable[[Tensor], Tensor]
 
 @dataclass
 class Gradients:
-    """Of the assembled Lagrangian: by name of the parameters, and at each boundary; for the batch mean."""
+    """Gradients of the assembled Lagrangian of a batch mean, by parameter name and for each boundary's guess."""
 
     parameters: dict[str, Tensor]
     guesses: list[Tensor]
@@ -35,8 +35,8 @@ def lagrangian(
 
     Args:
         stages: the stages, from the first.
-        x: the image.
-        loss: from the network's output to a batch mean.
+        x: a batch of inputs.
+        loss: maps the network's output to a batch mean.
         guesses: λ of each boundary.
         multipliers: κ of each boundary.
         beta: β.
@@ -54,7 +54,7 @@ def lagrangian(
 def gradients_of_lagrangian(
     net: nn.Module, stages: Sequence[nn.Module], x: Tensor, loss: Loss, guesses: Sequence[Tensor], *rest: Any
 ) -> Gradients:
-    """Autograd's, of all of it at once."""
+    """Gradients of the whole Lagrangian at once, by autograd."""
     leaves = [guess.clone().requires_grad_() for guess in guesses]
     named = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
     found = torch.autograd.grad(
@@ -66,7 +66,7 @@ def gradients_of_lagrangian(
 
 
 def true_values(stages: Sequence[nn.Module], x: Tensor, loss: Loss) -> tuple[list[Tensor], list[Tensor]]:
-    """Y and p of each boundary when the stages wait for each other: plain back-propagation, of samples."""
+    """Y and p of each boundary when the stages wait for each other: plain back-propagation; p is per sample."""
     made = [x]
     for stage in stages:
         made.append(stage(made[-1]))

@@ -1,7 +1,7 @@
 """A user's training script, for tests of launchers: ``python -m tests.helpers.launched FOLDER METHOD:NETWORK``.
 
-After its own small network it trains one of ordinary size, as an interpreter takes five seconds to start. Every
-process that comes to the end writes what it has to FOLDER.
+After its own small network it trains one of ordinary size, to save the five seconds of another interpreter. Every
+process that comes to the end writes its results to FOLDER.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS = 8
 
 
 class Data(L.LightningDataModule):
-    """The stream of the worker that asks."""
+    """This worker's part of the data."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
@@ -39,7 +39,7 @@ class Data(L.LightningDataModule):
 
 
 def train(start_method: Any, folder: str, module: Classifier) -> dict[str, Any]:
-    """Fit with two workers, then evaluate; what came of it."""
+    """Fit with two workers, then evaluate; returns the results."""
     saving = ModelCheckpoint(folder, monitor="val/loss", filename=f"{start_method}-{{step}}")
     trainer = L.Trainer(
         strategy=ResISTStrategy(local_steps=3, min_blocks=1, start_method=start_method),
@@ -60,7 +60,7 @@ def train(start_method: Any, folder: str, module: Classifier) -> dict[str, Any]:
         "group left": torch.distributed.is_initialized(),
         "training": trainer.training,
     }
-    if start_method == "popen":  # fork would start workers again
+    if start_method == "popen":  # forked workers would be started again
         tested = trainer.test(module, datamodule=Data(), ckpt_path="best", verbose=False)[0]
         found["tested"] = {key.replace("test/", "val/"): value for key, value in tested.items()}
     return found

@@ -1,6 +1,6 @@
-"""A user's program that cuts its network.
+"""A user's program that trains its network in stages.
 
-With ``harm_after``, worker 1 is killed after so many steps, once in the life of its folder, and snapshots are written.
+With ``harm_after``, worker 1 is killed after that many steps, once per folder, and snapshots are written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEPS = 10
 
 
 def train(start_method: Any, folder: str, harm_after: int = 0) -> dict[str, Any]:
-    """Fit with two workers; what came of it."""
+    """Fit with two workers; returns the results."""
     seen = Seen()
     options = {"cuts": ["section2"], "method": "al-net", "multiplier_every": 2, "start_method": start_method}
     callbacks: list[L.Callback] = [seen]
@@ -43,6 +43,6 @@ def train(start_method: Any, folder: str, harm_after: int = 0) -> dict[str, Any]
 
 
 def main(folder: str, harm_after: int) -> None:
-    """A worker of torchrun; what came of it is in FOLDER."""
+    """Train as a worker of torchrun; the results go to ``folder``."""
     torch.set_num_threads(1)
     torch.save(train("popen", folder, harm_after), Path(folder, f"worker{os.environ['LOCAL_RANK']}.pt"))

@@ -1,4 +1,4 @@
-"""What a test must not leave behind: environment variables, a process group, processes, threads, files."""
+"""Detects leaks of a test: environment variables, a process group, processes, threads, files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-# All that descends from the session inherits it, an orphan too: so it is found whoever its parent is now.
+# Every descendant of the session inherits this variable, so an orphan is found, too.
 MARK = "RESIST_LIGHTNING_TEST_SESSION"
 
-# pytest's own, what Lightning sets for its workers and leaves, and what scikit-learn sets when it is imported: put
-# back, but no failure.
+# Variables of pytest, those that Lightning sets for its workers and leaves, and those that importing scikit-learn sets:
+# restored, without a failure.
 EXCUSED_VARIABLES = frozenset(
     {
         "PYTEST_CURRENT_TEST",
@@ -34,10 +34,10 @@ EXCUSED_VARIABLES = frozenset(
         "KMP_INIT_AT_FORK",
     }
 )
-EXCUSED_THREADS = ("TMonitor",)  # tqdm's one watcher for all bars
+EXCUSED_THREADS = ("TMonitor",)  # tqdm's watcher, one for all bars
 EXCUSED_COMMANDS = ("torch_shm_manager", "torch/_inductor/compile_worker")
 
-# What Lightning, Hydra and loggers drop where they stand; other new files may be somebody's work meanwhile.
+# Files that Lightning, Hydra and loggers write to the working directory; other new files may be somebody's work.
 DROPPED_FILES = frozenset({"checkpoints", "lightning_logs", "mlruns", "multirun", "outputs", "runs", "wandb"})
 
 Found = TypeVar("Found")
@@ -48,7 +48,7 @@ PATIENCE_SECONDS = 3.0
 
 @contextmanager
 def no_leaks(root: Path) -> Iterator[None]:
-    """Clean up after the body, and fail where there was something to clean.
+    """Fail if the body leaves anything behind; variables, folder, process group and processes are cleaned up.
 
     Args:
         root: folder in which no logs and no outputs of a run may appear.
@@ -75,14 +75,14 @@ def no_leaks(root: Path) -> Iterator[None]:
 def session_processes() -> dict[int, str]:
     """The processes that this session started and that still run, with their commands.
 
-    Empty where there is no /proc. Left out: the servers of multiprocessing, which last as long as it does.
+    Empty without /proc. Servers of multiprocessing are left out, as they last as long as the session.
     """
     pids = {int(name) for name in os.listdir("/proc") if name.isdecimal()} if os.path.isdir("/proc") else set()
     # Reading all of a machine's processes before and after each test takes longer than most of the tests.
-    _foreign.intersection_update(pids)  # a number that is free may become that of one of ours
+    _foreign.intersection_update(pids)  # a free pid may become that of one of ours
     found = {}
     for pid in pids - _foreign:
-        with suppress(OSError):  # it may end at any moment
+        with suppress(OSError):  # the process may end at any moment
             found[pid] = _read(f"/proc/{pid}")
     mark = f"{MARK}={os.environ.get(MARK, '')}".encode()
     parents = {pid: process.parent for pid, process in found.items()}
@@ -94,7 +94,7 @@ def session_processes() -> dict[int, str]:
 
 
 _foreign: set[int] = set()
-"""Processes that are not of this session, and never will be."""
+"""Pids of processes that are not of this session, and never will be."""
 
 
 class _Process(NamedTuple):
@@ -103,11 +103,11 @@ class _Process(NamedTuple):
     command: str
     variables: list[bytes]
     settled: bool
-    """Whether it was not seen amid an exec."""
+    """False if it was read in the middle of an exec."""
 
 
 def _read(folder: str) -> _Process:
-    """A process as /proc shows it; amid an exec that is neither command nor variables, so wait a little."""
+    """Read a process from /proc; in the middle of an exec it has no command and no variables, so wait a little."""
     for _ in range(100):
         state, parent, *fields = _bytes(f"{folder}/stat").rpartition(b")")[2].split()
         command = _bytes(f"{folder}/cmdline")
@@ -128,7 +128,7 @@ def _bytes(path: str) -> bytes:
 def die_with_parent() -> None:
     """End this process and all of its group when its parent ends: a killed session cannot clean up.
 
-    For a thread of its own in the leader of a process group.
+    Runs in a thread of its own, in the leader of a process group.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -194,7 +194,7 @@ def _new_files(root: Path, before: set[str]) -> list[str]:
 
 
 def _last_of(left: Callable[[], Found]) -> Found:
-    """What is left after a little patience with what is on its way out; at once where nothing is."""
+    """The leftovers after some patience with those that are about to end; returns at once if there are none."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while (found := left()) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Bytes that are really allocated by the tensors that training keeps."""
+"""Bytes allocated by the tensors that training keeps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def kept_tensors(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Ite
 
 
 def storage_bytes(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> int:
-    """Allocated bytes of parameters, gradients and optimizer state; what two tensors share counts once."""
+    """Allocated bytes of parameters, gradients and optimizer state; memory that tensors share counts once."""
     storages = {}
     for tensor in kept_tensors(module, optimizers):
         if not tensor.is_meta:

@@ -1,4 +1,4 @@
-"""Tests over shaped links need network namespaces; whether there are any is tried once."""
+"""Network namespaces for tests over shaped links; their availability is checked once."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespa
 
 
 def enter_host(network: Namespaces, number: int) -> None:
-    """Move this process to a host of its own name, ``host-NUMBER``, in a namespace of the network.
+    """Move this process to a host named ``host-NUMBER``, in a namespace of the network.
 
-    Call it before there are other threads: they would stay where they are.
+    Call it before there are other threads: it would not move them.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{network.namespace(number)}", "rb") as namespace:
@@ -44,17 +44,17 @@ def run_on_hosts(
     addresses: Sequence[str] = (),
     timeout: float = 100,
 ) -> list[Any]:
-    """What ``target(*args)`` returns in each process of torchrun, by rank; one agent on each host of the network.
+    """Call ``target(*args)`` under torchrun, one agent on each host of the network; returns the values by rank.
 
     As ``torchrun --nnodes=HOSTS --nproc-per-node=... --rdzv-backend=c10d --rdzv-endpoint=ADDRESS --local-addr=...``,
-    without an interpreter for each process. Debian's habit is kept: a host's own name resolves to 127.0.1.1.
+    without an interpreter for each process. As on Debian, a host's own name resolves to 127.0.1.1.
 
     Args:
         network: one namespace for each host.
-        processes: of each host.
+        processes: number on each host.
         target: called in each process.
         args: its arguments.
-        addresses: of the hosts, where they are not the network's.
+        addresses: of the hosts, if not the network's.
         timeout: seconds after which all are killed.
     """
     own = addresses or [ADDRESS.format(host + 1) for host in range(len(processes))]
@@ -92,7 +92,7 @@ def _be_agent(
 
 
 def _resolve_own_name(host: int) -> None:
-    """Let /etc/hosts of this process and of those that it starts be Debian's."""
+    """Give this process and its children an /etc/hosts like Debian's."""
     libc = ctypes.CDLL(None, use_errno=True)
     with tempfile.NamedTemporaryFile("w") as file:
         file.write(f"127.0.0.1 localhost\n127.0.1.1 host-{host}\n")

@@ -1,4 +1,4 @@
-"""Small networks for tests: known ones, and ones that the package does not know."""
+"""Small networks for tests, of blocks that the package knows and of others."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 class OwnForward(BasicBlock):
-    """torchvision's block, computing something else: where its branch ends is unknown."""
+    """torchvision's block with another forward, so the end of its branch is unknown."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + 0.5 * torch.tanh(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))))
 
 
 class Renamed(Bottleneck):
-    """torchvision's block under another name, with its forward."""
+    """torchvision's block, forward included, under another name."""
 
 
 class NarrowBottleneck(Bottleneck):
-    """As torchvision's ResNeXt builds them; small."""
+    """A small block of torchvision's ResNeXt."""
 
     def __init__(self, inplanes: int, planes: int, *args: object, **kwargs: object) -> None:
         super().__init__(inplanes, planes, *args, **{**kwargs, "groups": 2, "base_width": 32})
@@ -56,7 +56,7 @@ class MlpBlock(nn.Module):
 
 
 class Undeclared(nn.Module):
-    """A residual block of a kind that nobody knows."""
+    """A residual block of an unknown class."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def narrow_resnet(block: type[nn.Module] = BasicBlock, layers: tuple[int, ...] =
 
 
 def randomise_norms(module: nn.Module) -> None:
-    """Weights, biases and statistics of batch norm that are neither 0 nor 1."""
+    """Set weights, biases and statistics of batch norm to values other than 0 and 1."""
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             nn.init.uniform_(child.weight, 0.5, 1.5)
@@ -113,7 +113,7 @@ def randomise_norms(module: nn.Module) -> None:
 
 
 def residual_block(kind: str) -> tuple[nn.Module, Tensor]:
-    """A block of a kind that folds, in evaluation mode, and an input that its last activation leaves alone."""
+    """A block of a kind that folds, in evaluation mode, and an input that a final ReLU does not change."""
     made: dict[str, Callable[[], nn.Module]] = {
         "preact": lambda: PreActBlock(8, 8),
         "basic": lambda: BasicBlock(8, 8),
@@ -129,7 +129,7 @@ def residual_block(kind: str) -> tuple[nn.Module, Tensor]:
 
 
 class SomeBatches(nn.Module):
-    """A network of blocks of two branches, of which the second one runs where the first image is bright."""
+    """A network of blocks of two branches; the second one runs only in batches whose first image is bright."""
 
     def __init__(self, classes: int, width: int = 8) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Partitions of neurons for property-based tests, and what becomes of single entries, by brute force."""
+"""Partitions of neurons for property-based tests, and the places of single entries, by brute force."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.partitions import of_holders
 
 Entry: TypeAlias = tuple[int, int]
 Place: TypeAlias = tuple[int, str]
-"""A worker, and which of its tensors: its slice or its store."""
+"""A worker, and its ``slice`` or its ``store``."""
 
 CUTS = {"rows": Cut(0, None), "columns": Cut(None, 1), "both": Cut(0, 1), "one layer on both sides": Cut(0, 0)}
 INNER = (CUTS["both"], CUTS["one layer on both sides"])
@@ -22,7 +22,7 @@ INNER = (CUTS["both"], CUTS["one layer on both sides"])
 
 @st.composite
 def plans(draw: st.DrawFn) -> NeuronPlan:
-    """Plans of two hidden layers: as they are drawn, or of any partitions, far wilder ones."""
+    """Plans of two hidden layers: between partitions as drawn by IST, or between arbitrary ones."""
     workers = draw(st.integers(1, 5))
     widths = draw(st.tuples(st.integers(workers, 9), st.integers(workers, 9)))
     if draw(st.booleans()):
@@ -33,25 +33,25 @@ def plans(draw: st.DrawFn) -> NeuronPlan:
 
 @st.composite
 def any_partition(draw: st.DrawFn, width: int, workers: int) -> Partition:
-    """Every neuron goes to one worker, and some worker may have none of them."""
+    """Any partition with one holder for each neuron; a worker may have no neuron."""
     holders = draw(st.lists(st.integers(0, workers - 1), min_size=width, max_size=width))
     return of_holders([{holder} for holder in holders], workers)
 
 
 def holder(partition: Partition, neuron: int) -> int:
-    """The one worker that has a neuron."""
+    """The only holder of a neuron."""
     (found,) = partition.holders(neuron)
     return found
 
 
 def keeper(width: int, workers: int, row: int) -> int:
-    """The one worker that keeps a row."""
+    """The only keeper of a row."""
     (found,) = [worker for worker in range(workers) if row in kept_rows(width, workers, worker)]
     return found
 
 
 def place(cut: Cut, held: tuple[Partition, ...], entry: Entry) -> Place:
-    """Where an entry is in a round: with the holder of its neurons, or with the keeper of its row."""
+    """The place of an entry in a round: with the holder of its neurons, or with the keeper of its row."""
     row, column = entry
     if cut.rows is None:
         assert cut.columns is not None
@@ -62,7 +62,7 @@ def place(cut: Cut, held: tuple[Partition, ...], entry: Entry) -> Place:
 
 
 def entries(cut: Cut, held: tuple[Partition, ...]) -> list[Entry]:
-    """All of a matrix; a side without hidden neurons has two rows or columns."""
+    """All entries of a matrix; a side without hidden neurons has two rows or columns."""
     rows = held[cut.rows].blocks if cut.rows is not None else 2
     columns = held[cut.columns].blocks if cut.columns is not None else 2
     return [(row, column) for row in range(rows) for column in range(columns)]

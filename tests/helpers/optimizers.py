@@ -18,7 +18,7 @@ def of_block(module, index=0):
 
 
 class Own(torch.optim.Optimizer):
-    """Keeps what others keep where they keep it: an attribute, a list of its parameters, numbers in state and groups.
+    """Keeps state where real optimizers do: in an attribute, a list of its parameters, numbers in state and groups.
 
     A schedule-free optimizer has a mode and a copy of the weights; Prodigy follows the gradients in its groups.
     """

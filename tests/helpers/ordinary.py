@@ -2,7 +2,7 @@
 
 ``python -m tests.helpers.ordinary METHOD NETWORK START_METHOD FOLDER`` fits, validates, tests and predicts, and
 resumes in a second run from a checkpoint of the first; with a CHECKPOINT as fifth argument it only resumes from that.
-What came of it is in FOLDER/found.pt.
+The results go to FOLDER/found.pt.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def metrics_of(trainer: L.Trainer) -> dict[str, float]:
 
 
 def run(method: str, network: str, start_method: str, folder: str) -> dict[str, Any]:
-    """All that a user does with a Trainer, and what came of it."""
+    """Everything that a user does with a Trainer; returns the results."""
     module, held_out = Module(network), images(2 * BATCH)
     saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = make_trainer(method, start_method, folder, saving)
@@ -115,7 +115,7 @@ def run(method: str, network: str, start_method: str, folder: str) -> dict[str, 
 
 
 def resume(method: str, network: str, start_method: str, folder: str, checkpoint: str) -> dict[str, Any]:
-    """The rest of a run."""
+    """Train the rest of a run from a checkpoint; returns weights and metrics."""
     module, trainer = Module(network), make_trainer(method, start_method, folder)
     trainer.fit(module, images(2 * BATCH * STEPS), images(2 * BATCH), ckpt_path=checkpoint)
     return {"state": module.state_dict(), "metrics": metrics_of(trainer)}

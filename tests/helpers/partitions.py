@@ -18,7 +18,7 @@ def settings(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
 
 @st.composite
 def two_partitions(draw: st.DrawFn) -> tuple[Partition, Partition]:
-    """Any two partitions of the same blocks over the same workers: far wilder ones than the deal draws."""
+    """Any two partitions of the same blocks over the same workers, more varied than those of a run."""
     workers = draw(st.integers(1, 6))
     someone = st.sets(st.integers(0, workers - 1), min_size=1)
     rows = draw(st.lists(st.tuples(someone, someone), max_size=12))

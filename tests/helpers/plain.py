@@ -1,6 +1,6 @@
-"""An ordinary LightningModule and its data, as a user has them. Imports torch and Lightning, nothing of this package.
+"""A user's ordinary LightningModule and its data. Imports torch and Lightning, nothing of this package.
 
-So a process that has never seen ``resist_lightning`` can load what the strategies save (contract 8).
+So a process that has not imported ``resist_lightning`` can load the strategies' checkpoints (contract 8).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH_SIZE = 8
 
 @cache
 def preact() -> ModuleType:
-    """The module ``resist_lightning.models.preact``; in a process that has not imported the package, without it."""
+    """The module ``resist_lightning.models.preact``; loaded without the package if that is not imported."""
     if "resist_lightning" in sys.modules:
         return importlib.import_module("resist_lightning.models.preact")
     spec = importlib.util.spec_from_file_location("preact_alone", ROOT / "resist_lightning" / "models" / "preact.py")
@@ -60,7 +60,7 @@ def make_net(kind: str = "preact", seed: int = 7) -> nn.Module:
 
 
 class Classifier(L.LightningModule):
-    """Cross entropy, and metrics that two processes can compare: nothing in it knows how it is distributed.
+    """A classifier whose metrics two processes can compare; independent of how it is distributed.
 
     Args:
         kind: of the network.
@@ -110,7 +110,7 @@ class Classifier(L.LightningModule):
 
 
 class Late(Classifier):
-    """Its network is made in ``configure_model``."""
+    """A classifier whose network is made in ``configure_model``."""
 
     def __init__(self, kind: str = "preact") -> None:
         super().__init__(kind)
@@ -130,11 +130,11 @@ def batch_of(worker: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 class Stream(Dataset[tuple[Tensor, Tensor]]):
-    """A worker's batches one after another, whatever the length of an epoch; made for one pass.
+    """A worker's batches in sequence, which a new epoch does not restart; made for one pass.
 
     Args:
-        worker: whose batches.
-        epoch: batches that an epoch has.
+        worker: number of the worker.
+        epoch: number of batches in an epoch.
         start: number of the first batch.
     """
 

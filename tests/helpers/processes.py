@@ -25,29 +25,29 @@ from tests.helpers.worker import Outcome, Task, work
 
 PRELOADED = [
     *("pytest", "hypothesis", "torch", "torch.distributed", "torchvision", "torchmetrics", "resist_lightning"),
-    "torch.export._trace",  # which torch.fx imports when it first traces: a quarter of a second
+    "torch.export._trace",  # imported by torch.fx when it first traces: a quarter of a second
     *("fsspec.implementations.chained", "torch._inductor.sizevars"),
-    *("omegaconf", "torch.utils.serialization.config"),  # when Lightning first saves a checkpoint
+    *("omegaconf", "torch.utils.serialization.config"),  # imported when Lightning first saves a checkpoint
     *("torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks", "torch.distributed.run", "resource"),
     *("hydra.main", "sklearn.datasets", "matplotlib.pyplot"),  # for whole programs
     *("tests.helpers.worker", "tests.helpers.trainers", "tests.helpers.auxnet", "tests.helpers.stages"),
-    "tests.helpers.warm",  # the last
+    "tests.helpers.warm",  # must be the last
 ]
 
-# How long the others may run on after the first failure seen: it may be the consequence of another.
+# Time that the others get after the first failure seen, which may be the consequence of another one.
 GRACE_SECONDS = 0.3
 
 
 class WorkerDied(RuntimeError):
-    """A worker ended without a word: killed by a signal, or by ``os._exit``."""
+    """A worker ended without a result: by a signal, or by ``os._exit``."""
 
 
 class WorkersTimedOut(RuntimeError):
-    """Workers still ran at the timeout; the message shows where each of them stood."""
+    """Workers still ran at the timeout; the message has the stacks of each."""
 
 
 class WorkerTraceback(Exception):
-    """The cause of an exception that came from a worker: which worker it was, and the traceback there."""
+    """The cause of an exception from a worker: the worker's number and its traceback."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -70,7 +70,7 @@ def run_workers(
         collective_timeout: of the process group, in seconds; ``timeout`` by default.
 
     Raises:
-        BaseException: what the first worker to fail raised; its number and traceback are the cause.
+        BaseException: the error of the first worker to fail; its number and traceback are the cause.
         WorkerDied: a worker was killed by a signal (which is named) or left without returning.
         WorkersTimedOut: not all had finished at the timeout.
     """
@@ -88,10 +88,10 @@ def run_workers_to_the_end(
     timeout: float = 60.0,
     collective_timeout: float | None = None,
 ) -> list[Outcome]:
-    """As ``run_workers``, but no failure ends the others: what became of every worker, for tests of failures.
+    """Like ``run_workers``, but no failure ends the others; returns every worker's outcome, for tests of failures.
 
     Raises:
-        WorkersTimedOut: not all had ended at the timeout: somebody hangs.
+        WorkersTimedOut: not all had ended at the timeout, so some worker hangs.
     """
     with _crew(target, workers, args, timeout, collective_timeout) as crew:
         _watch(crew, timeout, stop_at_failure=False)
@@ -101,7 +101,7 @@ def run_workers_to_the_end(
 
 @dataclass
 class _Worker:
-    """A worker as its parent sees it."""
+    """A worker, seen from its parent."""
 
     number: int
     process: ForkServerProcess
@@ -125,18 +125,18 @@ class _Worker:
         return [self.process.sentinel] if self.silent else [self.process.sentinel, self.connection]
 
     def listen(self) -> None:
-        """Take in what the worker said, and whether it has ended."""
+        """Receive the worker's outcome, if it has sent one, and notice its end."""
         ended = bool(wait([self.process.sentinel], 0))
         if not self.silent and self.connection.poll():
             self.silent = True
-            with suppress(EOFError):  # it died without a word
+            with suppress(EOFError):  # it died without sending one
                 self.message = pickle.loads(self.connection.recv_bytes())
         if ended:
             self.process.join()
             self.running = False
 
     def show_stacks(self) -> None:
-        """Have the worker and its forks write where their threads stand, even where that is deep in a collective."""
+        """Have the worker and its forks write the stacks of their threads, even of those inside a collective."""
         assert self.process.pid is not None
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGUSR1)
@@ -160,7 +160,7 @@ def _crew(
     timeout: float,
     collective_timeout: float | None,
 ) -> Iterator[list[_Worker]]:
-    """The workers, started; at exit all are dead."""
+    """Start the workers; at exit all are dead."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     seconds = timeout if collective_timeout is None else collective_timeout
@@ -216,7 +216,7 @@ def _raise_first_failure(crew: list[_Worker]) -> None:
 
 
 def _order_of_failure(worker: _Worker) -> tuple[int, float, int]:
-    """Causes before consequences: a death makes peers raise, an exception may make gloo abort in a peer."""
+    """Sort key, causes before consequences: a death makes peers raise, an exception may make gloo abort in a peer."""
     outcome = worker.outcome
     if outcome.error is not None:
         return (1, outcome.raised_at, worker.number)

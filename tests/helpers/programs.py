@@ -1,4 +1,4 @@
-"""Whole programs, as a user starts them."""
+"""Runs whole programs, as a user starts them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"
 
 
 def run_interpreter(arguments: list[str], folder: Path, *, timeout: float = 100, **environment: str) -> str:
-    """`run_program` in a true interpreter, which takes five seconds of CPU; those that it starts are true ones too."""
+    """`run_program` with real interpreters, for children too: each takes five seconds of CPU to start."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
@@ -46,7 +46,7 @@ def run_interpreter(arguments: list[str], folder: Path, *, timeout: float = 100,
 
 
 def run_program(arguments: list[str], folder: Path, *, timeout: float = 100, **environment: str) -> str:
-    """Run a Python program in ``folder`` and return what it printed; it and its children are gone afterwards.
+    """Run a Python program in ``folder`` and return its output; it and its children are gone afterwards.
 
     It is a fork of a process that has imported Lightning, and so are the interpreters that it starts (`interpreters`).
 
@@ -77,18 +77,18 @@ def _be_shell(arguments: list[str], folder: str, variables: dict[str, str]) -> N
 
 
 def run_torchrun(target: Callable[..., None], *args: Any, max_restarts: int, timeout: float = 200) -> str:
-    """``target(*args)`` in two workers of torchrun's agent, which forks them; returns what was printed.
+    """Call ``target(*args)`` in two workers that torchrun's agent forks; returns the output.
 
-    As ``torchrun --nproc-per-node=2 --max-restarts=...``, without an interpreter for each worker of each attempt.
+    Like ``torchrun --nproc-per-node=2 --max-restarts=...``, without an interpreter for each worker of each attempt.
 
     Raises:
-        AssertionError: they did not come to their end; with their output.
+        AssertionError: the agent did not end with exit code 0; with the output.
     """
     return _run(_be_agent, target, args, max_restarts, timeout=timeout)
 
 
 def _run(be_main: Callable[..., None], *args: Any, timeout: float) -> str:
-    """Run a main process to its end and return what it printed."""
+    """Run a main process to its end and return its output."""
     with tempfile.TemporaryDirectory(prefix="run_main_") as folder:
         output = Path(folder, "output")
         (outcome,) = run_workers_to_the_end(_redirected, 1, be_main, str(output), args, timeout=timeout)
@@ -104,14 +104,14 @@ def _redirected(_: int, be_main: Callable[..., None], output: str, args: tuple[A
 
 
 def as_a_main_process() -> None:
-    """Leave the group of ``run_workers``: what follows starts the workers."""
+    """Leave the group of ``run_workers``, to become a main process that starts workers itself."""
     dist.destroy_process_group()
     for variable in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(variable, None)
 
 
 def write_to(output: str) -> None:
-    """Let this process and its children write to a file what they print."""
+    """Redirect the output of this process and its children to a file."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -143,7 +143,7 @@ def be_worker(target: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 def refusal(program: Callable[[], object], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a program says that refuses its command line: one line, exit code 2, and nothing is done in ``folder``."""
+    """The error line of a program that refuses its command line, with exit code 2 and no file in ``folder``."""
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""A network whose forward a test writes, and what is said where it cannot be dealt out."""
+"""A network with a forward that the test writes, and the error if its neurons cannot be dealt out."""
 
 from __future__ import annotations
 

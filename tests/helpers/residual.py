@@ -1,4 +1,4 @@
-"""Blocks for the tests of what may be left out: residual ones of many kinds, and such as only look so."""
+"""Blocks that may be left out, residual ones of many kinds, and blocks that only look residual."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Add(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Mixes tokens, then channels: its first layer reads tokens, its last one makes channels."""
+    """Mixes tokens, then channels: the first layer acts on tokens, the last one on channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Mixer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Its norms get shift, scale and gate from a condition, by a layer that is registered last."""
+    """A block with shift, scale and gate from a condition, by a layer that is registered last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class DiT(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Layer scale, a gate, and a buffer on the way."""
+    """A block with a layer scale, a gate, and a buffer on the skip path."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Gate(nn.Module):
 
 
 class Odd(nn.Module):
-    """Residual, but for what it returns."""
+    """A block that is residual, but for its input or output."""
 
     def __init__(self, odd: str) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""A user's program for torchrun that starts its workers again.
+"""A user's program for a torchrun that restarts its workers.
 
-Worker 1 is killed after a local step, once. Every process that comes to the end writes what it has to a folder.
+Worker 1 is killed after a local step, once. Every process that comes to the end writes its results to a folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEPS = 15
 
 
 class Harm(L.Callback):
-    """Kills this process, once in the life of FOLDER."""
+    """Kills worker 1 after a step, once per folder."""
 
     def __init__(self, folder: Path, after: int) -> None:
         self.folder, self.after = folder, after

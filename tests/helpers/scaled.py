@@ -1,4 +1,4 @@
-"""Blocks whose class is known, and their residual branches written down a second time."""
+"""Blocks of known classes, and a second implementation of their residual branches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ["preact", "basic", "bottleneck", "resnext", "renamed"]
 
 
 def branch(block: nn.Module, x: Tensor) -> Tensor:
-    """The residual branch, written down a second time."""
+    """The residual branch, implemented a second time."""
     if isinstance(block, PreActBlock):
         return block.conv2(torch.relu(block.bn2(block.conv1(torch.relu(block.bn1(x))))))
     out = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
@@ -21,7 +21,7 @@ def branch(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def ended(block: nn.Module, y: Tensor) -> Tensor:
-    """What follows the addition: torchvision's blocks activate."""
+    """The rest of a block after the addition: an activation in torchvision's blocks."""
     return y if isinstance(block, PreActBlock) else torch.relu(y)
 
 

@@ -1,4 +1,4 @@
-"""Settings of precision and speed that people use, and the small networks on which they are tried."""
+"""Common settings of precision and speed, and the small networks on which they are tested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.helpers.plain import make_net
 
 WORKERS, LOCAL_STEPS, STEPS, WIDTH, CLASSES = 2, 2, 5, 8, 4
-COUNTING = "counting"  # a backend of torch.compile, which `speedups` registers
+COUNTING = "counting"  # a backend of torch.compile, registered by `speedups`
 METHODS = ("resist", "local_sgd", "ist")
 
 Step = Callable[[nn.Module, list[Optimizer], Callable[[], Tensor]], None]
@@ -28,7 +28,7 @@ Step = Callable[[nn.Module, list[Optimizer], Callable[[], Tensor]], None]
 
 
 class ImageBlock(nn.Module):
-    """A convolutional block with batch norm, whose branch end nobody has declared."""
+    """A convolutional block with batch norm, without a declared branch end."""
 
     def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ class TokenBlock(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks of images, then of tokens.
+    """Blocks on images, then blocks on tokens.
 
     Args:
-        reentrant: whether activations are recomputed, inside of blocks of images and around those of tokens, and how.
+        reentrant: kind of activation checkpointing, inside of image blocks and around token blocks; None for none.
     """
 
     def __init__(self, reentrant: bool | None = None) -> None:
@@ -98,7 +98,7 @@ def batch_of(worker: int, step: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, CLASSES, (8,), generator=generator)
 
 
-# What a setting changes.
+# Parts of settings.
 
 
 def sgd(net: nn.Module) -> list[Optimizer]:
@@ -113,7 +113,7 @@ def one_of_each(net: nn.Module, **options: bool) -> list[Optimizer]:
 
 
 def muon(net: nn.Module) -> list[Optimizer]:
-    """Muon takes matrices only."""
+    """Muon for matrices, and AdamW for the rest."""
     parameters = list(net.parameters())
     others = [parameter for parameter in parameters if parameter.dim() != 2]
     matrices = [parameter for parameter in parameters if parameter.dim() == 2]
@@ -143,7 +143,7 @@ def usual_step(net: nn.Module, optimizers: list[Optimizer], loss: Callable[[], T
 
 
 def sharpness_aware_step(net: nn.Module, optimizers: list[Optimizer], loss: Callable[[], Tensor]) -> None:
-    """SAM by hand: the gradient at the worst point near by, of two forwards and two backwards."""
+    """SAM by hand: the gradient at the worst point nearby, by two forwards and two backwards."""
     (optimizer,) = optimizers
 
     def closure() -> Tensor:
@@ -167,7 +167,7 @@ def sharpness_aware_step(net: nn.Module, optimizers: list[Optimizer], loss: Call
 
 
 def scaled_step() -> Step:
-    """With a gradient scaler, which each worker has for itself."""
+    """A step with a gradient scaler of the worker's own."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
     def step(net: nn.Module, optimizers: list[Optimizer], loss: Callable[[], Tensor]) -> None:
@@ -220,22 +220,22 @@ def mixed(dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting, and what it does to a training.
+    """A setting, and its effects on a training.
 
     Args:
-        says: how the page names it, with the code for it.
-        methods: the methods that it can be used with.
-        condition: what the page says beside that it works.
+        says: its name on the page, with the code for it.
+        methods: the methods that support it.
+        condition: the page's remark where it works.
         prepare: changes the network before the training.
         optimizers: makes the optimizers.
-        make_step: makes what takes a local step.
+        make_step: makes the function that takes a local step.
         context: in which the network is called.
-        reentrant: how activations are recomputed; None if they are not.
-        momentum: the policy; ``ist_momentum`` is that of IST where it is another one.
-        check: what must be true of the network at the end.
-        tolerance: for the comparison with the simulator, in relation to each tensor.
-        like: the setting that computes the same, which the simulator trains; empty for this one.
-        otherwise: what the page says of other methods.
+        reentrant: kind of activation checkpointing; None for none.
+        momentum: the policy; ``ist_momentum`` is IST's if it differs.
+        check: a condition on the network at the end.
+        tolerance: for the comparison with the simulator, relative to each tensor.
+        like: an equivalent setting, with which the simulator trains; empty for this one.
+        otherwise: the page's remarks on other methods.
     """
 
     says: str
@@ -255,7 +255,7 @@ class Setting:
 
 
 def in_double(net: nn.Module, method: str) -> None:
-    """Optimizers that step by a sign need it: in single precision rounding errors flip signs."""
+    """For optimizers that step by a sign: in single precision rounding errors flip signs."""
     net.double()
 
 

@@ -1,4 +1,4 @@
-"""Trains by two workers, and by the simulator, with each setting of precision and speed."""
+"""Trains with two workers, and with the simulator, in each setting of precision and speed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.speedup_settings import (
 )
 from tests.helpers.training import clone_state
 
-# Compiled code, counted.
+# Counting of compiled code.
 
 _GRAPHS: list[int] = []
 
@@ -41,13 +41,13 @@ def _count(graph: Any, inputs: list[Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What torch.compile made of a training.
+    """Counts of torch.compile in a training.
 
     Args:
         graphs: number of graphs.
         operations: in all graphs.
-        later: graphs that were made after the first round.
-        breaks: graph breaks.
+        later: number of graphs made after the first round.
+        breaks: number of graph breaks.
     """
 
     graphs: int
@@ -58,13 +58,13 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Found:
-    """What a worker has at the end.
+    """A worker's results of a training.
 
     Args:
         state: of the full model.
         reported: its outputs in the setting.
-        checked: whether the check of the setting was passed.
-        compiled: what was compiled in training.
+        checked: whether the check of the setting has passed.
+        compiled: counts of compiled code in training.
         folded: names of the tensors that carry the scale.
         blocks: number of blocks.
     """
@@ -89,12 +89,12 @@ def config_for(method: str, setting: Setting) -> Any:
 
 
 def train_cells(worker: int, cells: list[tuple[str, str]]) -> list[Found]:
-    """One worker's trainings, one after another."""
+    """A worker's trainings, one after another."""
     return [train(worker, *cell) for cell in cells]
 
 
 def train(worker: int, name: str, method: str) -> Found:
-    """One worker's training of a cell, and its full model."""
+    """A worker's training of a cell; returns its results."""
     setting = SETTINGS[name]
     torch._dynamo.reset()
     _GRAPHS.clear()
@@ -122,7 +122,7 @@ def train(worker: int, name: str, method: str) -> Found:
 
 
 def simulate(name: str, method: str) -> dict[str, Tensor]:
-    """The full model of the same training by the reference simulator, in a setting that computes the same."""
+    """The full model of the same training by the reference simulator, in an equivalent setting."""
     return _simulate(SETTINGS[name].like or name, method)
 
 
@@ -141,7 +141,7 @@ def _simulate(name: str, method: str) -> dict[str, Tensor]:
 
 
 def plain_outputs(name: str, method: str, state: dict[str, Tensor]) -> Tensor:
-    """Outputs of the full model in a network that this package has never seen, and that is not compiled."""
+    """Outputs of the full model in a plain network, not compiled and untouched by this package."""
     setting = SETTINGS[name]
     net = make_network(method)
     net.to(next(iter(state.values())).dtype)
@@ -175,13 +175,13 @@ def like(x: Tensor, net: nn.Module) -> Tensor:
 
 
 def train_all(cells: list[tuple[str, str]]) -> dict[tuple[str, str], list[Found]]:
-    """What each worker found, by cell."""
+    """Each worker's results, by cell."""
     by_worker = run_workers(train_cells, WORKERS, cells)
     return {cell: [found[number] for found in by_worker] for number, cell in enumerate(cells)}
 
 
 def operations_of(module: nn.Module, x: Tensor) -> int:
-    """Operations that torch.compile captures of a module in plain training."""
+    """Number of operations that torch.compile captures of a module in plain training mode."""
     torch._dynamo.reset()
     _GRAPHS.clear()
     torch.compile(module.train(), backend=COUNTING, fullgraph=True)(x)

@@ -29,7 +29,7 @@ from tests.helpers.training import clone_state
 CLASSES = 4
 VOCABULARY, TOKENS = 11, 5
 
-ONE_AT_A_TIME = threading.Lock()  # workers may be threads; torch.fx patches, and the seed is, what all of them use
+ONE_AT_A_TIME = threading.Lock()  # workers may be threads, which share the seed and torch.fx's patches
 
 
 class TanhBlock(nn.Module):
@@ -46,7 +46,7 @@ class TanhBlock(nn.Module):
 
 
 class Positions(nn.Module):
-    """A network with parameters and a buffer of its own, before and behind where it is cut."""
+    """A network with parameters and a buffer of its own, before and after the cuts."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Positions(nn.Module):
 
 
 def _convolutions() -> nn.Module:
-    """No residual block and no batch norm; it works in place right behind where it is cut."""
+    """No residual block and no batch norm; in-place operations right after the cuts."""
     return nn.Sequential(
         *(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(5, 6, 3, stride=2), nn.ReLU(inplace=True)),
         *(nn.Conv2d(6, 4, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, CLASSES)),
@@ -74,7 +74,7 @@ def _convolutions() -> nn.Module:
 
 
 class SmallViT(nn.Module):
-    """Patches of an image behind a class token, and blocks of torch's own; it ends as PyTorch's and timm's do."""
+    """A vision transformer of torch's own blocks, with a class token; it ends like torchvision's and timm's."""
 
     def __init__(self, width: int = 8, depth: int = 4, size: int = 8, patch: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class SmallViT(nn.Module):
 
 
 class TokenEncoder(nn.Module):
-    """Token ids to classes; positions come from an embedding too."""
+    """Classifies sequences of token ids; positions come from an embedding, too."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -150,12 +150,12 @@ class Run:
 
     Args:
         config: the settings, but for the cuts, which follow from ``net`` and the workers.
-        steps: how many.
+        steps: number of steps.
         net: one of :data:`NETS`.
-        batches: different batches, seen in turn; the last of them is smaller.
-        milestones: steps behind which the learning rate falls to a tenth.
+        batches: number of different batches, seen in turn; every fourth and the last one are smaller.
+        milestones: steps after which the learning rate falls to a tenth.
         frozen: parts of names of parameters that do not train.
-        observe_at: steps behind which the full model is looked at.
+        observe_at: steps after which the full model is evaluated.
     """
 
     config: StageConfig
@@ -169,7 +169,7 @@ class Run:
 
 
 def config_for(run: Run, workers: int) -> StageConfig:
-    """The settings with cuts, since those by measured time would differ."""
+    """The settings with fixed cuts, since cuts by measured time would vary."""
     cuts = CUTS[run.net][workers] if workers > 1 else None
     return replace(run.config, cuts=cuts)
 
@@ -191,7 +191,7 @@ def make_optimizer(run: Run, net: nn.Module) -> Optimizer:
 
 
 def batch_of(run: Run, step: int) -> tuple[Tensor, Tensor]:
-    """The batch that all workers see at a step; the last one before they repeat is smaller."""
+    """The batch that all workers see at a step; every fourth and the last one before they repeat are smaller."""
     number = step % run.batches
     generator = torch.Generator().manual_seed(number)
     size = 3 if number % 4 == 3 or number == run.batches - 1 else 6
@@ -208,7 +208,7 @@ def loss_of(batch: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def start_engine(run: Run, workers: int, collective: Collective | None = None) -> tuple[Engine, Optimizer]:
-    """The engine of this worker, started."""
+    """This worker's engine, started, and its optimizer."""
     net = make_net(run)
     optimizer = make_optimizer(run, net)
     engine = Engine(net, [optimizer], config_for(run, workers), collective=collective)
@@ -245,7 +245,7 @@ def train_engine(
 
 
 def train_simulator(run: Run, workers: int) -> tuple[StageSimulator, list[float]]:
-    """The same training by the reference."""
+    """The same training by the reference simulator; returns it, and the loss of each step."""
     simulator = StageSimulator(
         make_net(run), partial(make_optimizer, run), config_for(run, workers), workers, batch_of(run, 0)[0]
     )
@@ -259,7 +259,7 @@ def train_simulator(run: Run, workers: int) -> tuple[StageSimulator, list[float]
 
 
 def plain_training(run: Run) -> tuple[dict[str, Tensor], list[float]]:
-    """Without the package: the network trained by back-propagation."""
+    """The same training by back-propagation, without the package."""
     net = make_net(run)
     optimizer = make_optimizer(run, net)
     schedule = MultiStepLR(optimizer, [step + 1 for step in run.milestones])
@@ -288,7 +288,7 @@ class Staged:
 
     @property
     def stage_gradients(self) -> dict[str, Tensor]:
-        """By name, of the stage's parameters."""
+        """Gradients of the stage's parameters, by name."""
         names = self.layout.stage_tensors(self.worker._collective.worker)
         named = self.net.named_parameters()
         return {name: p.grad.clone() for name, p in named if name in names and p.grad is not None}
@@ -301,7 +301,7 @@ def make_staged(
     x: Tensor,
     rate: Callable[[], float] = lambda: 0.1,
 ) -> Staged:
-    """A worker, in a thread, with a copy of a network; ``net`` is not changed. All workers must call it."""
+    """A worker in a thread, with a copy of ``net``. Collective: every worker must call this."""
     with ONE_AT_A_TIME:
         net = copy.deepcopy(net)
         layout = StageLayout(net, config, collective.workers)
@@ -322,7 +322,7 @@ def make_staged(
 
 
 def load_guess(worker: StageWorker, x: Tensor, guess: Tensor | None, multiplier: Tensor | None, steps: int = 0) -> None:
-    """Have a worker of a stored method go on with λ and u of a batch, as from a checkpoint; None on worker 0."""
+    """Have a worker of a stored method resume with λ and u of a batch, as from a checkpoint; None on worker 0."""
     guesses: dict[str, Any] = {}
     names = contents(x)
     if guess is not None:
@@ -335,7 +335,7 @@ def load_guess(worker: StageWorker, x: Tensor, guess: Tensor | None, multiplier:
 
 
 def make_chain(net: nn.Module, config: StageConfig, workers: int) -> list[nn.Module]:
-    """The stages of a network, whose parameters are its own."""
+    """The stages of a network, which share its parameters."""
     chain = find_chain(net, config.network)
     assert config.cuts is not None
     ends = (0, *chain.positions(config.cuts), len(chain.units))

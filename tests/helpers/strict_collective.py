@@ -1,18 +1,18 @@
-"""Workers as threads that talk by NCCL's rules, for tests without a GPU of what NCCL would refuse, mix up or hang in.
+"""Workers as threads that communicate by NCCL's rules, to find without a GPU what NCCL would refuse, mix up or hang in.
 
-gloo forgives what NCCL does not. Here, as there:
+gloo is more permissive than NCCL. Here, as with NCCL:
 
 - a tensor on another device than the worker's, with gaps, or of an unknown data type is refused;
-- what a worker posts in a group is executed in the order in which it was posted, one operation after the other; the
+- a worker's operations in a group are executed in the order in which they were posted, one after the other; the
   messages of one exchange are one operation, and run at once;
 - tags are ignored: of the messages between two workers the first sent is the first received, whatever their tags;
-- a send ends when it is received, not before;
+- a send completes when it is received, not before;
 - the memory of an operation may be neither read nor written from when it is posted until it was waited for; here a
   write is an error, there it is a race.
 
-Where all workers wait for what cannot happen, all of them raise, with what each has posted, instead of waiting.
+In a deadlock all workers raise, with the operation in which each of them waits, instead of waiting.
 
-``StrictCollective`` speaks to it for workers of one process. For those of several members the package's own
+``StrictCollective`` uses it for workers of one process. For those of several members the package's own
 ``MemberCollective`` runs on it: ``tests.helpers.strict_groups`` puts it in the place of torch.distributed.
 """
 
@@ -39,26 +39,26 @@ KNOWN = {
 
 
 class RuleBroken(AssertionError):
-    """What NCCL would refuse, or make wrong numbers of."""
+    """An operation that NCCL would refuse, or execute with wrong results."""
 
 
 class Deadlock(RuleBroken):
-    """What NCCL would wait for until its timeout."""
+    """A state in which NCCL would wait until its timeout."""
 
 
 @dataclass(eq=False)
 class Operation:
-    """One operation that a worker has posted.
+    """An operation that a worker has posted.
 
     Args:
-        worker: whose; by rank.
-        what: that all workers must say alike, e.g. ``all_reduce``; ``exchange`` for messages.
+        worker: the worker's rank.
+        what: its kind, e.g. ``all_reduce``, equal on all workers; ``exchange`` for messages.
         inputs: of a collective.
         outputs: of a collective.
         sends: messages, in order, with their targets.
         receives: messages, in order, with their sources.
-        group: ranks of those that take part; empty for all.
-        root: of a broadcast, its place in the group.
+        group: ranks of the workers that take part; empty for all.
+        root: position of a broadcast's source in the group.
     """
 
     worker: int
@@ -81,7 +81,7 @@ class Operation:
         self._bits: list[Tensor] = []
 
     def note(self) -> None:
-        """Remember the memory as it is."""
+        """Remember the contents of the memory."""
         self._bits = [_bits(tensor) for tensor in self.memory]
 
     def check(self) -> None:
@@ -100,17 +100,17 @@ class Operation:
 
 
 class Network:
-    """What connects the workers of a test.
+    """The connections between the workers of a test.
 
     Attributes:
-        log: what was posted: worker, and operation in words.
+        log: posted operations: worker, and operation in words.
     """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self.log: list[tuple[int, str]] = []
         self._all = tuple(range(workers))
-        # By group, and by rank in it: operations of different groups do not wait for one another.
+        # By group and rank in it: operations of different groups do not wait for one another.
         self._queues: dict[tuple[int, ...], dict[int, deque[Operation]]] = {}
         self._changed = threading.Condition()
         self._waiting: dict[int, Operation] = {}
@@ -119,7 +119,7 @@ class Network:
         self._beside: Network | None = None
 
     def beside(self) -> Network:
-        """Other connections of the same workers: their operations and these do not wait for one another."""
+        """More connections between the same workers, whose operations do not wait for these."""
         with self._changed:
             if self._beside is None:
                 self._beside = Network(self.workers)
@@ -127,7 +127,7 @@ class Network:
             return self._beside
 
     def post(self, operation: Operation) -> None:
-        """Begin an operation, behind those that its worker has begun before."""
+        """Begin an operation, queued after the earlier ones of its worker."""
         with self._changed:
             self._raise_if_broken()
             operation.note()
@@ -136,7 +136,7 @@ class Network:
             self._advance()
 
     def wait(self, operation: Operation) -> None:
-        """Wait until it was executed."""
+        """Wait until an operation was executed."""
         with self._changed:
             self._waiting[operation.worker] = operation
             self._look_for_deadlock()
@@ -150,7 +150,7 @@ class Network:
                 operation.check()
 
     def end(self, worker: int, error: BaseException | None) -> None:
-        """The worker posts nothing more."""
+        """Note that a worker posts nothing more."""
         if self._beside is not None:
             self._beside.end(worker, error)
         with self._changed:
@@ -163,18 +163,18 @@ class Network:
             self._look_for_deadlock()
 
     def _advance(self) -> None:
-        """Execute what can be executed now."""
+        """Execute all operations that are ready."""
         for queues in self._queues.values():
             while self._all_together(queues) or self._messages(queues):
                 self._changed.notify_all()
 
     def _queue(self, operation: Operation) -> deque[Operation]:
-        """What its worker has posted in the group of an operation."""
+        """The queue of an operation's worker in its group."""
         group = operation.group or self._all
         return self._queues.setdefault(group, {rank: deque() for rank in group})[operation.worker]
 
     def _all_together(self, queues: Mapping[int, deque[Operation]]) -> bool:
-        """Execute a collective that all workers of a group have come to; whether there was one."""
+        """Execute a collective that all workers of a group have reached; returns whether there was one."""
         heads = [queue[0] for queue in queues.values() if queue and queue[0].what != "exchange"]
         if len(heads) < len(queues):
             return False
@@ -189,7 +189,7 @@ class Network:
         return True
 
     def _messages(self, queues: Mapping[int, deque[Operation]]) -> bool:
-        """Bring the messages that both ends have come to; whether there were some."""
+        """Deliver the messages that both ends have reached; returns whether there were any."""
         moved = False
         heads = {rank: queue[0] for rank, queue in queues.items() if queue and queue[0].what == "exchange"}
         for worker, head in heads.items():
@@ -214,7 +214,7 @@ class Network:
     def _next_pair(
         self, worker: int, head: Operation, heads: Mapping[int, Operation]
     ) -> tuple[tuple[int, Tensor], tuple[int, Tensor]] | None:
-        """The next send of a worker whose receiver is ready, and what it meets there."""
+        """The next send of a worker whose receiver is ready, and the matching receive."""
         tried: set[int] = set()
         for send in head.sends:
             target = send[0]
@@ -229,7 +229,7 @@ class Network:
     def _look_for_deadlock(self) -> None:
         blocked = {worker for worker, operation in self._waiting.items() if not operation.done}
         if blocked and len(blocked | self._ended) == self.workers:
-            # What its group has come to, which may be something that it posted before.
+            # The first operation in its queue, which may be an earlier one than that for which it waits.
             heads = {worker: self._queue(self._waiting[worker])[0] for worker in sorted(blocked)}
             stand = [f"worker {worker} waits in {head}" for worker, head in heads.items()]
             stand += [f"worker {worker} has ended" for worker in sorted(self._ended)]
@@ -245,10 +245,10 @@ class Network:
 
 
 class StrictCollective(Collective):
-    """One worker in a network.
+    """A worker in a network.
 
     Args:
-        network: its.
+        network: its network.
         worker: its number.
         device: the only one whose tensors it sends; by default the CPU.
     """
@@ -358,7 +358,7 @@ def run_on_network(target: Callable[[Network, int], Any], workers: int) -> tuple
 
 
 def _execute(operations: Sequence[Operation]) -> None:
-    """Execute a collective of all workers."""
+    """Execute a collective, whose workers have all posted it."""
     inputs = [operation.inputs[0] for operation in operations]
     if operations[0].what == "all_gather":
         for operation in operations:

@@ -1,6 +1,6 @@
-"""Members of workers as threads that talk by NCCL's rules: the package's own `MemberCollective`, without processes.
+"""Members of workers as threads with NCCL's rules: the package's own `MemberCollective`, without processes.
 
-What it asks of torch.distributed is answered by the network of :mod:`tests.helpers.strict_collective`, which has a
+Its calls of torch.distributed are answered by the network of :mod:`tests.helpers.strict_collective`, which has a
 queue for each group. Everything else is the package's: the parts, the groups, the order of operations, the polling.
 """
 
@@ -28,7 +28,7 @@ _MODULES = (member_collective, torch_collective)
 
 @dataclass(frozen=True)
 class _Message:
-    """A send or a receive that is not yet begun."""
+    """A send or a receive that has not begun."""
 
     kind: str
     tensor: Tensor
@@ -39,13 +39,13 @@ class _Message:
 
 @dataclass(frozen=True)
 class _Work:
-    """An operation that was begun, as torch returns it."""
+    """An operation that has begun, as torch returns it."""
 
     network: Network
     operation: Operation
 
     def is_completed(self) -> bool:
-        """Waits, where NCCL's would be asked again and again: a network in which all wait knows of a deadlock."""
+        """Waits, where NCCL's would be polled: the network detects a deadlock only if all workers wait."""
         self.network.wait(self.operation)
         return True
 

@@ -1,4 +1,4 @@
-"""Workers as threads of one process: the verbs of a collective in plain Python, for tests of what calls them."""
+"""Workers as threads of one process: a collective in plain Python, for tests of its callers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = 20.0
 
 
 class _Hooks(OrderedDict[int, Any]):
-    """Hooks of all optimizers of a worker: outside of tests it is a process, so a thread runs only those of its own."""
+    """Global optimizer hooks, of which a thread runs only its own: outside of tests a worker is a process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ torch_optimizer._global_optimizer_post_hooks = _Hooks()
 
 
 class Room:
-    """Where the workers of a test meet."""
+    """The shared state of a test's workers: barrier, message queues and log."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -62,13 +62,13 @@ class Room:
             return self._beside
 
     def box(self, source: int, target: int, tag: int) -> Queue[Tensor]:
-        """Messages of one tag from one worker to another."""
-        # Locked: both sides may be the first to ask, and one of two queues would be lost with a message in it.
+        """The queue of messages with a tag from one worker to another."""
+        # Locked: both sides may be the first to ask, and of two queues one would be lost, with its message.
         with self._lock:
             return self.boxes.setdefault((source, target, tag), Queue())
 
     def share(self, worker: int, value: Any) -> list[Any]:
-        """The values of all workers, in order."""
+        """All-gather a value; returns the values of all workers, in order."""
         self.table[worker] = value
         self.barrier.wait()
         values = [self.table[index] for index in range(self.workers)]
@@ -77,7 +77,7 @@ class Room:
 
 
 class ThreadCollective(Collective):
-    """One worker in a room. Messages are copied, so that nobody sees another's memory."""
+    """A worker in a room. Messages are copied, so that no worker sees another's memory."""
 
     def __init__(self, room: Room, worker: int) -> None:
         super().__init__(worker, room.workers)
@@ -158,12 +158,12 @@ def run_threads(target: Callable[..., Any], workers: int, *args: Any) -> tuple[l
 
 @contextmanager
 def _on_one_core() -> Iterator[None]:
-    """Threads that are begun in the body share a core: on two they would fight for Python's lock at each operation."""
+    """Threads started in the body share a core: on two they would contend for the GIL at each operation."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
     cores = os.sched_getaffinity(0)
-    # By the process's number, so that pytest's workers are spread over the cores.
+    # By pid, so that the processes of pytest-xdist are spread over the cores.
     os.sched_setaffinity(0, {sorted(cores)[os.getpid() % len(cores)]})
     try:
         yield
@@ -178,13 +178,13 @@ def call_in_threads(
 
     Args:
         work: called with the worker's number.
-        workers: how many there are.
+        workers: number of workers.
         consequences: errors that one worker raises because of another's; others are raised before them.
     """
     with _on_one_core(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, worker) for worker in range(workers)]
     if "torch._dynamo" in sys.modules:
-        # Workers force eager code for a moment, which torch keeps for the process: threads put back what another set.
+        # Workers force eager code for a moment. The setting is per process: a thread may restore another one's value.
         torch.compiler.set_stance("default")
     failures = [error for future in futures if (error := future.exception()) is not None]
     for error in sorted(failures, key=lambda error: isinstance(error, consequences)):

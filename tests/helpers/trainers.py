@@ -1,6 +1,6 @@
 """Lightning Trainers as workers of one group, in forked processes: they cost a second, where a launcher takes ten.
 
-``run_trainers`` gives every worker what torchrun gives it: ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. So a
+``run_trainers`` sets torchrun's variables in every worker: ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. So a
 ``Trainer`` in it finds processes that exist already, and its strategy makes the process group and destroys it.
 The launchers themselves are tested by ``tests/integration/test_launchers.py``.
 """
@@ -37,7 +37,7 @@ from tests.helpers.processes import run_workers, run_workers_to_the_end
 from tests.helpers.training import clone_state
 from tests.helpers.worker import Outcome
 
-DEVICES = "RESIST_LIGHTNING_TEST_DEVICES"  # not WORLD_SIZE, which Lightning deletes when a Trainer has done its work
+DEVICES = "RESIST_LIGHTNING_TEST_DEVICES"  # not WORLD_SIZE, which Lightning deletes after a Trainer's run
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -48,24 +48,24 @@ QUIET: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,
 }
-"""A Trainer without its defaults, which are tested where they matter."""
+"""Options that turn off a Trainer's defaults, which are tested where they matter."""
 
 
 def run_trainers(target: Callable[..., Any], workers: int, *args: Any, timeout: float = 60.0) -> list[Any]:
-    """Call ``target(worker, *args)`` in ``workers`` processes in which a Trainer can be made; see ``run_workers``."""
+    """Call ``target(worker, *args)`` in ``workers`` processes that are set up for a Trainer; see ``run_workers``."""
     return run_workers(_with_environment, workers, target, args, timeout=timeout)
 
 
 def run_cases(target: Callable[..., Any], cases: dict[Any, Any], folder: Path) -> dict[Any, list[Any]]:
-    """What ``target(worker, case, folder of the case)`` gives of each case on every worker, by the case's name.
+    """Call ``target(worker, case, folder of the case)`` for each case; returns the workers' values by the case's name.
 
-    Cases of equally many workers (``case.workers``) share their processes: the first training of a process takes
+    Cases with the same number of workers (``case.workers``) share processes: the first training of a process takes
     0.24 s of CPU, a later one 0.19 s.
     """
     results: dict[Any, list[Any]] = {}
     for workers in sorted({case.workers for case in cases.values()}):
         together = {name: case for name, case in cases.items() if case.workers == workers}
-        # Less than pytest's own limit, so that a hang (once with loader processes, unexplained) shows its stacks.
+        # Below pytest's own timeout, so that a hang (once with loader processes, unexplained) shows its stacks.
         found = run_trainers(_each_case, workers, target, together, str(folder), timeout=100)
         results |= {name: [of_worker[name] for of_worker in found] for name in together}
     return results
@@ -74,7 +74,7 @@ def run_cases(target: Callable[..., Any], cases: dict[Any, Any], folder: Path) -
 def run_trainers_and_by_hand(
     target: Callable[..., Any], by_hand: Callable[..., Any], workers: int, *args: Any
 ) -> tuple[list[Any], list[Any]]:
-    """As ``run_trainers``, and what ``by_hand(worker, *args)`` gives before that, in the group of the same workers."""
+    """Like ``run_trainers``; also returns the values of ``by_hand(worker, *args)``, called before, in a group."""
     results = run_workers(_by_hand_first, workers, target, by_hand, args)
     return [result for result, _ in results], [expected for _, expected in results]
 
@@ -82,7 +82,7 @@ def run_trainers_and_by_hand(
 def run_trainers_to_the_end(
     target: Callable[..., Any], workers: int, *args: Any, timeout: float = 60.0
 ) -> list[Outcome]:
-    """As ``run_trainers``, but no failure ends the others; see ``run_workers_to_the_end``."""
+    """Like ``run_trainers``, but no failure ends the others; see ``run_workers_to_the_end``."""
     return run_workers_to_the_end(_with_environment, workers, target, args, timeout=timeout)
 
 
@@ -92,7 +92,7 @@ def make_trainer(strategy: Any, **options: Any) -> L.Trainer:
 
 
 def make_strategy(face: str = "resist", **options: Any) -> SubnetStrategy:
-    """A strategy with rounds of three steps, and ``ResISTStrategy`` with one block at least, or as options say."""
+    """A strategy with rounds of three steps and, for ``resist``, ``min_blocks=1``, unless ``options`` say otherwise."""
     if face == "local_sgd":
         return LocalSGDStrategy(**{"local_steps": 3, **options})
     if face == "ist":
@@ -143,7 +143,7 @@ def loop_by_hand(
     train_step: Callable[[Any], None],
     forward_context: Callable[[], Any] = nullcontext,
 ) -> dict[str, Tensor]:
-    """A plain loop with the engine, in rounds of three of ``steps``; the full model that it gives. In a group."""
+    """A plain loop with the engine, in rounds of three of ``steps``; returns the full model. In a group."""
     engine = Engine(module, optimizers, Config(local_steps=3, min_blocks=1), forward_context=forward_context)
     engine.start()
     module.train()
@@ -179,7 +179,7 @@ def train_in_one_process(
 
 
 def traces(module: nn.Module) -> list[str]:
-    """What a strategy may have left on a module: hooks, replaced forwards, absent or scaled parameters."""
+    """Traces of a strategy on a module: hooks, replaced forwards, absent tensors and gradients."""
     found = []
     for name, child in module.named_modules():
         hooks = [*child._forward_hooks.values(), *child._forward_pre_hooks.values(), *child._backward_hooks.values()]
@@ -198,7 +198,7 @@ def _each_case(worker: int, target: Callable[..., Any], cases: dict[Any, Any], f
     results = {}
     for number, (name, case) in enumerate(cases.items()):
         own = Path(folder, f"{case.workers}-{number}")
-        own.mkdir(exist_ok=True)  # the other workers have the same
+        own.mkdir(exist_ok=True)  # shared with the other workers
         results[name] = target(worker, case, str(own))
     return results
 
@@ -211,7 +211,7 @@ def _by_hand_first(
 
 
 def _with_environment(worker: int, target: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Leave the group of ``run_workers`` and set the variables by which Lightning makes one of its own."""
+    """Leave the group of ``run_workers`` and set the variables with which Lightning makes its own."""
     workers = dist.get_world_size()
     port = agree_on_a_port(worker)
     dist.destroy_process_group()

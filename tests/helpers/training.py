@@ -21,7 +21,7 @@ from tests.helpers.threads import run_threads
 
 CLASSES = 4
 
-_ONE_AT_A_TIME = threading.Lock()  # workers may be threads, with one random generator
+_ONE_AT_A_TIME = threading.Lock()  # workers may be threads, which share a random generator
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Run:
     optimizer: str = "sgd"
     frozen: tuple[str, ...] = ()
     observe_at: tuple[int, ...] = field(default=())
-    decay: float = 1.0  # of the learning rate, after each step
-    some_batches: bool = False  # train a part of each block for some batches only
+    decay: float = 1.0  # factor of the learning rate after each step
+    some_batches: bool = False  # a network of blocks that train a part for some batches only
 
 
 def make_model(run: Run) -> nn.Module:
@@ -85,14 +85,14 @@ def start_engine(
 
 
 def train_steps(engine: Engine, optimizer: Optimizer, steps: range) -> None:
-    """Local steps of a worker in a plain loop."""
+    """Take local steps of a worker in a plain loop."""
     for step in steps:
         train_step(engine.module, optimizer, batch_of(engine.collective.worker, step))
         engine.after_step()
 
 
 def decay(run: Any, optimizer: Optimizer) -> None:
-    """Lower the learning rate as a run says, after a step."""
+    """Lower the learning rate by the run's factor."""
     for group in optimizer.param_groups:
         group["lr"] *= run.decay
 
@@ -124,7 +124,7 @@ def train_engine(
 def ends_of_resumed(
     collective: Collective, run: Run, stops: tuple[int, ...], initial: dict[str, Tensor]
 ) -> dict[int, dict[str, Tensor]]:
-    """How a run ends that was stopped after some steps and resumed by a new engine; 0: never."""
+    """The final models of a run that is stopped after each of ``stops`` and resumed by a new engine; also after 0."""
     found: dict[int, dict[str, Tensor]] = {}
     for stop in (0, *stops):
         # Threads share a generator, so the weights come from the test.
@@ -146,7 +146,7 @@ def end_of_resumed(
     place: dict[str, Any],
     own: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """How a run ends that a new engine resumes exactly after some steps."""
+    """The final model of a run that a new engine resumes exactly after ``stop`` steps."""
     model = make_model(run)
     model.load_state_dict(full)
     optimizer = make_optimizer(run, model)
@@ -159,7 +159,7 @@ def end_of_resumed(
 
 
 def slow_down(collective: Collective, seconds: float) -> None:
-    """Let an average take so much longer, as over a slow link; not one beside the training, which has its own."""
+    """Make averages slower, as over a slow link; not those beside the training, which have their own collective."""
     reduce = collective.start_all_reduce
 
     def slow(flat: Tensor, kind: str) -> Callable[[], Tensor]:
@@ -170,7 +170,7 @@ def slow_down(collective: Collective, seconds: float) -> None:
 
 
 def train_simulator(run: Run, workers: int, table: dict[str, Any] | None = None) -> Simulator:
-    """The same training by the oracle; with a table, by the shares that real workers have measured."""
+    """The same training by the reference simulator; with a table, by the shares that real workers have measured."""
     simulator = Simulator(make_model(run), lambda model: make_optimizer(run, model), run.config, workers, run.steps)
     if table is not None:
         simulator.schedule = simulator.schedule.with_state_dict(table)
@@ -183,7 +183,7 @@ def train_simulator(run: Run, workers: int, table: dict[str, Any] | None = None)
 
 
 def assert_threads_train_what_the_simulator_trains(run: Run, workers: int, **other: Any) -> None:
-    """Workers as threads end with the simulator's full model; with other options it would be another one."""
+    """Workers as threads end with the simulator's full model; with ``other`` options it would differ."""
     states, _ = run_threads(trained_in_thread, workers, run)
     expected = train_simulator(run, workers).full_model().state_dict()
     assert_equal_states(states[0], expected)
@@ -194,7 +194,7 @@ def assert_threads_train_what_the_simulator_trains(run: Run, workers: int, **oth
 
 
 def trained_in_thread(collective: Collective, run: Run) -> dict[str, Tensor]:
-    """The full model that a worker has at the end of its training."""
+    """A worker's full model at the end of its training."""
     return train_engine(collective.worker, run, collective=collective)[1]
 
 
@@ -205,12 +205,12 @@ def present_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def present_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of what :func:`present_tensors` gives."""
+    """Copies of :func:`present_tensors`."""
     return {name: tensor.clone() for name, tensor in present_tensors(model).items()}
 
 
 def held_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a state dict; of a part of a network too, whose own state_dict() refuses."""
+    """All tensors of a state dict; also of a partial network, whose state_dict() raises."""
     hidden = {
         f"{name}.{key}" if name else key
         for name, child in module.named_modules()
@@ -221,7 +221,7 @@ def held_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def clone_state(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all tensors of a state dict; of a part of a network too."""
+    """Copies of all tensors of a state dict; also of a partial network."""
     return {name: tensor.clone() for name, tensor in held_tensors(module).items()}
 
 
@@ -235,7 +235,7 @@ def assert_equal_states(actual: dict[str, Any], expected: dict[str, Any], *, exa
 
 
 def engine_for(config=None, run=None, **options):
-    """The engine of one worker alone, its model and optimizer."""
+    """A single worker's engine, its model and optimizer."""
     run = run or Run(config or Config(local_steps=3), steps=0)
     model = make_model(run)
     optimizer = make_optimizer(run, model)
@@ -243,7 +243,7 @@ def engine_for(config=None, run=None, **options):
 
 
 def trained_engine(run, steps, *, finish=True):
-    """An engine after some steps, its model and optimizer."""
+    """A single worker's engine after some steps, its model and optimizer."""
     engine, model, optimizer = engine_for(run=run)
     engine.start()
     for step in range(steps):

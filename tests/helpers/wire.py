@@ -1,4 +1,4 @@
-"""What a worker really says to others: seen in torch's dispatcher, below the Python of torch.distributed."""
+"""Records a worker's messages in torch's dispatcher, below the Python of torch.distributed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a collective, or of a message to or from one peer."""
+    """A call of a collective, or of a send or receive with a peer."""
 
     verb: str
     payload_bytes: int
@@ -52,7 +52,7 @@ def _read(name: str, args: Sequence[Any]) -> Call:
 
 
 def sent_bytes(calls: Sequence[Call], worker: int, workers: int) -> Counter[str]:
-    """Bytes that this worker sends in these calls, by verb: 2 (S - 1) / S of what is all-reduced, rounded up."""
+    """Bytes that this worker sends in these calls, by operation: 2 (S - 1) / S of an all-reduce, rounded up."""
     sent: Counter[str] = Counter()
     for call in calls:
         copies = {"send": 1, "_allgather_base_": workers - 1, "broadcast_": (workers - 1) * (worker == 0), "recv_": 0}
@@ -69,5 +69,5 @@ def collectives_so_far() -> int:
 
 
 def groups() -> int:
-    """How many process groups exist."""
+    """Number of process groups."""
     return len(_world.pg_map) if distributed.is_initialized() else 0

@@ -25,14 +25,14 @@ from tests.helpers.leaks import die_with_parent
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one worker.
+    """The outcome of a worker.
 
     Attributes:
-        value: what the target returned.
-        error: what the target raised, or None.
+        value: return value of the target.
+        error: exception of the target, or None.
         traceback: of ``error``, as text.
-        raised_at: ``time.monotonic()`` of ``error``; one clock for all processes.
-        end: how the process ended: "exit code 0", or the name of a signal; "still running" until then.
+        raised_at: ``time.monotonic()`` of ``error``; the clock is the same for all processes.
+        end: end of the process: "exit code 0", or the name of a signal; "still running" until then.
     """
 
     value: Any = None
@@ -44,14 +44,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is given.
+    """A worker's task.
 
     Attributes:
-        number: its own.
-        workers: how many there are.
-        call: the target and its arguments, pickled: what fails to unpickle is told like any exception.
+        number: the worker's number.
+        workers: number of workers.
+        call: the target and its arguments, pickled, so that a failure to unpickle is reported like any exception.
         folder: common to all workers of this call.
-        environment: of the parent now; the fork server has that of its start.
+        environment: of the parent now; the fork server's is that of its start.
         collective_timeout: of the process group, in seconds.
     """
 
@@ -64,14 +64,14 @@ class Task:
 
     @property
     def stacks(self) -> Path:
-        """Where the worker writes its threads' stacks on SIGUSR1."""
+        """The file to which the worker writes its threads' stacks on SIGUSR1."""
         return self.folder / f"stacks{self.number}"
 
 
 def work(task: Task, parent: Connection) -> None:
-    """Join the group, call the target, tell the parent, leave the group."""
+    """Join the group, call the target, report to the parent, leave the group."""
     os.setsid()
-    # As in a script: a child of the fork server would start loader processes by one of its own, in seconds each.
+    # As in a script: by default a child of the fork server would start loader processes by its own server, in seconds.
     multiprocessing.set_start_method("fork", force=True)
     threading.Thread(target=die_with_parent, daemon=True).start()
     os.environ.clear()
@@ -85,7 +85,7 @@ def work(task: Task, parent: Connection) -> None:
         except BaseException as error:  # noqa: BLE001 - the parent raises it again
             failure = Outcome(error=_portable(error), traceback=traceback.format_exc(), raised_at=time.monotonic())
             parent.send_bytes(pickle.dumps(failure))
-            raise SystemExit(1) from None  # at once, and with no collective: the peers must notice
+            raise SystemExit(1) from None  # at once, and without a collective: the peers must notice
         parent.send_bytes(message)
         _leave_together()
         faulthandler.unregister(signal.SIGUSR1)
@@ -100,20 +100,20 @@ def _join_group(task: Task) -> None:
         world_size=task.workers,
         timeout=timedelta(seconds=task.collective_timeout),
     )
-    # A target that leaves the group at once, or fails, must not close connections that a slower peer still makes.
+    # A target that leaves the group at once, or fails, must not close connections that a slower peer is still making.
     distributed.barrier()
 
 
 def _leave_together() -> None:
     """Leave the group when all have finished: sockets closed early can fail a peer's last collective."""
     if distributed.is_initialized():
-        with suppress(RuntimeError):  # a peer failed: it says so itself
+        with suppress(RuntimeError):  # a peer failed, and reports it itself
             distributed.barrier()
         distributed.destroy_process_group()
 
 
 def _portable(error: BaseException) -> BaseException:
-    """``error`` where it survives pickling, else a RuntimeError that says the same."""
+    """``error`` if it can be pickled, else a RuntimeError with its message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - pickling calls any code

@@ -1,6 +1,6 @@
-"""Networks that people train, cut down: what a user passes to a strategy, with a batch and a loss.
+"""Scaled-down versions of common networks, each with a batch and a loss.
 
-Each is small (few blocks, narrow, small inputs), but has at least three blocks in a row somewhere; where a library has
+Each is small (few blocks, narrow, small inputs), but has at least three blocks in a row somewhere; if a library has
 the network in full size too, ``full`` builds it, on the meta device for example.
 """
 
@@ -46,11 +46,11 @@ class Network:
     """A network of the zoo.
 
     Args:
-        small: builds it, cut down.
+        small: builds it, scaled down.
         batch: draws an example batch.
-        full: builds it in full size; None where there is no such thing.
-        loss: from the network and a batch; None for :func:`_usual_loss`.
-        rate: learning rate. Small for networks of which a rounding error in the weights grows to their size otherwise.
+        full: builds it in full size; None if there is no such network.
+        loss: of the network and a batch; None for :func:`_usual_loss`.
+        rate: learning rate; small for networks in which a rounding error would grow to the size of the weights.
     """
 
     small: Callable[[], nn.Module]
@@ -71,7 +71,7 @@ def build(name: str, seed: int = 7) -> nn.Module:
 
 @torch.no_grad()
 def _enlarge_what_hides_branches(network: nn.Module) -> None:
-    """Many libraries let a branch begin as nearly zero, by a layer scale of 1e-6: its scale would then not be seen."""
+    """Enlarge weights near zero: many libraries begin with a layer scale of 1e-6, which would hide a branch's scale."""
     for name, parameter in network.named_parameters():
         if not name.endswith("bias") and bool(parameter.abs().max() < 1e-4):
             parameter.fill_(0.5)
@@ -88,7 +88,7 @@ def loss_of(name: str, network: nn.Module, batch: Batch) -> Tensor:
 
 
 def _usual_loss(network: nn.Module, batch: Batch) -> Tensor:
-    """The network's own loss if it returns one, else the cross entropy of what it returns, averaged over places."""
+    """The network's own loss if it returns one, else the cross entropy of its output, averaged over positions."""
     output = network(*batch["inputs"], **batch["named"])
     loss = getattr(output, "loss", None)
     if loss is not None:
@@ -99,7 +99,7 @@ def _usual_loss(network: nn.Module, batch: Batch) -> Tensor:
     labels = batch["labels"]
     if output.dim() == 3:  # tokens
         output = output.mean(1)
-    elif output.dim() > 3:  # places of an image
+    elif output.dim() > 3:  # positions of an image
         output = output.flatten(2).mean(2)
     return functional.cross_entropy(output, labels)
 
@@ -131,7 +131,7 @@ def _graph(generator: Generator) -> Batch:
 
 
 def _detection_loss(network: nn.Module, batch: Batch) -> Tensor:
-    """In training the detector's own losses; in evaluation, where it returns boxes, a number from its features."""
+    """The detector's own losses in training; in evaluation, where it returns boxes, a number from its features."""
     images = list(batch["inputs"][0])
     if not network.training:
         return torch.stack(
@@ -371,4 +371,4 @@ SAMPLE = (
     "torchvision convnext",
     "torchvision mobilenet_v3",
 )
-"""Cheap ones, without transformers, that the ordinary suite trains."""
+"""Cheap networks for the ordinary suite, none from transformers."""

@@ -1,4 +1,4 @@
-"""Compares blocks of the zoo, scaled by this package, with the references that were written by hand."""
+"""Compares blocks of the zoo, scaled by this package, with references written by hand."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.helpers import zoo
 from tests.helpers.zoo_references import reference_of
 
 SCALE = 0.3
-"""No power of two, so that rounding is seen too."""
+"""Not a power of two, so that rounding has an effect, too."""
 
 
 @torch.no_grad()
 def branches_differ(name: str, network: nn.Module, blocks: Iterable[Block]) -> float:
-    """Compare each block as it evaluates in the full model with its reference.
+    """Compare each block, as evaluated in the full model, with its reference.
 
     Args:
         name: of the network in the zoo.
@@ -30,7 +30,7 @@ def branches_differ(name: str, network: nn.Module, blocks: Iterable[Block]) -> f
         blocks: its partitioned blocks.
 
     Returns:
-        The largest deviation of a block's output, in relation to what the scale changes in it.
+        The largest deviation of a block's output, relative to the effect of the scale.
     """
     blocks = list(blocks)
     look = FirstForward(blocks)

@@ -1,4 +1,4 @@
-"""Builds the networks of the zoo from torchvision, timm and transformers, cut down; each imports its library itself."""
+"""Builds the networks of the zoo from torchvision, timm and transformers, scaled down; each imports its library."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the blocks of the zoo compute when each residual branch is multiplied by s, written by hand for each family.
+"""The outputs of the zoo's blocks with each residual branch multiplied by s, written by hand for each family.
 
-They read a block's own submodules, and nothing of this package: where its branches end was read off each library's
+They use a block's own submodules, and nothing of this package: the ends of its branches were read from each library's
 source. The zoo compares a block whose scale has been folded into its weights with them.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Reference: TypeAlias = Callable[..., Tensor]
-"""From a block without a scale, s, and the arguments of the block's forward; dropout and stochastic depth are off."""
+"""A function of an unscaled block, s, and the block's arguments; dropout and stochastic depth are off."""
 
 
 # Convolutional networks
@@ -284,7 +284,7 @@ REFERENCES: dict[str, Reference] = {
     "tests.helpers.hand_written.GraphLayer": _graph,
     "tests.helpers.hand_written.DiTBlock": _dit,
 }
-"""By the block's class."""
+"""References by the block's class."""
 
 
 def reference_of(block: nn.Module) -> Reference:

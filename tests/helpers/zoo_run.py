@@ -1,4 +1,4 @@
-"""Trains a network of the zoo on two workers by default settings, and looks at all that a user is promised."""
+"""Trains a network of the zoo on two workers with default settings, and measures all that a user is promised."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.helpers.zoo_branches import branches_differ
 WORKERS, LOCAL_STEPS, STEPS, MIDDLE, HELD_OUT = 2, 5, 12, 7, 2
 """Both the end and the checkpoint to resume from lie in the middle of a round."""
 ROUNDS = 40
-"""Rounds of which the share that a worker holds is the mean."""
+"""Number of rounds over which the share that a worker holds is averaged."""
 
 
 class Trainee(L.LightningModule):
-    """A network of the zoo, trained by SGD; its random numbers follow from worker and step."""
+    """A network of the zoo, trained by SGD; random numbers are seeded by worker and step."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Trainee(L.LightningModule):
 
 
 class Batches(Dataset[Any]):
-    """Batches of one worker by number."""
+    """A worker's batches, by number."""
 
     def __init__(self, name: str, worker: int, count: int) -> None:
         self.name, self.worker, self.count = name, worker, count
@@ -64,18 +64,18 @@ def loader(name: str, worker: int, count: int) -> DataLoader[Any]:
 
 @dataclass(frozen=True)
 class Found:
-    """What a training has shown.
+    """The results of a training.
 
     Args:
         blocks: names of the blocks by default.
-        hooked: those of them whose scale no checkpoint carries.
-        branches: largest deviation of a block, scaled, from its reference, in relation to what the scale changes.
+        hooked: the blocks whose scale is not in the checkpoint's weights.
+        branches: largest deviation of a scaled block from its reference, relative to the effect of the scale.
         held: share of the parameters that a worker holds, mean over workers and rounds.
         reported: validation loss of the full model.
-        plain: the same loss of the checkpoint, loaded into the plain network.
-        unscaled: the same loss if the checkpoint did not carry the scale.
-        unlike: largest deviation of a tensor from the simulator's, in relation to the tensor.
-        resumed: whether the training from the checkpoint in mid-round gave the same bits.
+        plain: the same loss with the checkpoint loaded into the plain network.
+        unscaled: the same loss if the checkpoint's weights were not scaled.
+        unlike: largest deviation of a tensor from the simulator's, relative to the tensor.
+        resumed: whether resuming from the checkpoint in mid-round gave the same weights, bit for bit.
     """
 
     blocks: tuple[str, ...]
@@ -90,7 +90,7 @@ class Found:
 
     @property
     def difference(self) -> float:
-        """Between the two losses, in relation to their size."""
+        """Difference of the two losses, relative to their size."""
         return abs(self.reported - self.plain) / max(1.0, abs(self.plain))
 
 
@@ -128,7 +128,7 @@ def held_shares(layout: BlockLayout) -> list[float]:
 
 
 def _train(worker: int, name: str, folder: str) -> tuple[float, bool]:
-    """One worker's training; the loss that is reported at its end, and whether resuming gives the same."""
+    """A worker's training; returns the loss reported at its end, and whether resuming gives the same weights."""
     module = Trainee(name)
     middle = ModelCheckpoint(f"{folder}/middle", every_n_train_steps=MIDDLE, save_top_k=-1, filename="{step}")
     trainer = _trainer(enable_checkpointing=True, callbacks=[middle])

@@ -1,4 +1,4 @@
-"""For tests that train in this process beside the workers' ones."""
+"""Fixtures for tests that also train in this process, not only in workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.trainers import run_trainers
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the workers: on tensors as small as these, two threads on a busy machine are ten times slower than one."""
+    """Use one thread, as in workers: on such small tensors two threads on a busy machine are ten times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +33,7 @@ def saved_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
 
 @pytest.fixture
 def saved(saved_by_two: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> Path:
-    """The checkpoint, for the test to spoil."""
+    """A copy of the checkpoint, which the test may damage."""
     shutil.copytree(saved_by_two[0], tmp_path, dirs_exist_ok=True)
     return tmp_path / "a.ckpt"
 

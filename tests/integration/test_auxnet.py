@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 
 
 class OfTorchvision(Metered):
-    """The network that everybody tries first."""
+    """A user's first choice: a ResNet of torchvision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class OfTorchvision(Metered):
 
 
 class TransformerOfTorchvision(Metered):
-    """Its boundary is a sequence with a class token."""
+    """A vision transformer, whose boundary is a sequence with a class token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class TransformerOfTorchvision(Metered):
 
 
 class HeadOutside(Metered):
-    """A backbone, and a layer that all workers compute and train alike."""
+    """A backbone, and a layer outside that all workers compute and train alike."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class HeadOutside(Metered):
 
 
 class FrozenStart(Metered):
-    """Nothing in the first stage is trained."""
+    """A network whose first stage does not train."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class FrozenStart(Metered):
 
 
 class Scheduled(Metered):
-    """A rate that falls with every step."""
+    """With a learning rate that falls in every step."""
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
@@ -74,7 +74,7 @@ class Scheduled(Metered):
 
 
 class Plateau(Metered):
-    """A rate that falls when a metric of the training stops to do so."""
+    """With a learning rate that falls when a metric of the training stops falling."""
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
@@ -83,7 +83,7 @@ class Plateau(Metered):
 
 
 class ByDict(Metered):
-    """Batches with names."""
+    """With dicts as batches."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step((batch["image"], batch["label"]), batch_idx)
@@ -102,7 +102,7 @@ def named_pictures() -> Any:
 
 @dataclass(frozen=True)
 class Fit:
-    """One training, and how it is done."""
+    """A training and its settings."""
 
     module: Callable[[], L.LightningModule] = Metered
     workers: int = 2
@@ -183,7 +183,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("name", FITS)
 def test_modules_train_unchanged_and_what_they_log_is_true(name: str, trained: dict[str, list[Any]]) -> None:
-    """Stages that wait for each other do what one process does; those that do not give one model and equal metrics."""
+    """Stages that wait for each other train as one process does; others end with one model and equal metrics."""
     case, results = FITS[name], trained[name]
     assert len(results) == case.workers
     plain = plainly(0, case)
@@ -207,7 +207,7 @@ def test_modules_train_unchanged_and_what_they_log_is_true(name: str, trained: d
 
 
 def assert_trained_at_once(result: dict[str, Any], first: dict[str, Any], plain: dict[str, Any], case: Fit) -> None:
-    """As on the first worker; as in one process in the one step of warm-up, and otherwise not."""
+    """Check that a result equals the first worker's, and differs from one process's after the one step of warm-up."""
     assert_equal_states(result["state"], first["state"], exactly=True)
     for what in ("metrics", "logged", "rates"):
         assert result[what] == first[what]
@@ -245,7 +245,7 @@ LEARNS = {
 
 
 class AdaptiveTransformer(TransformerOfTorchvision):
-    """With the optimizer that such networks need."""
+    """With the optimizer that transformers need."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -273,19 +273,19 @@ def in_evaluation() -> Any:
     ],
 )
 def test_stages_learn_and_so_in_mixed_precision(kind: Any, strategy: Any, options: Any, least: float) -> None:
-    """Four classes: a guess is right in one of four. That each method steps as it should is test_auxnet_training."""
+    """Chance is 0.25, as there are four classes. The steps of each method are tested in test_auxnet_training."""
     results = run_trainers(learn, 1 + len(strategy["cuts"]), kind, strategy, options)
     assert results[0][0] > least
     assert results == [results[0]] * len(results)
 
 
-# ------------------------------------------------------------------ what else users do
+# ------------------------------------------------------------------ other uses
 
 
 def validate_within(worker: int, method: str) -> list[State]:
     states = []
     for options in ({}, {"val_check_interval": 2, "num_sanity_val_steps": 1, "validation": held_out(worker)}):
-        module = Metered(dropout=0.0 if method == "al-store" else 0.2)  # stored by content
+        module = Metered(dropout=0.0 if method == "al-store" else 0.2)  # guesses are stored by the samples' content
         L.seed_everything(3, verbose=False)
         fit_stages(worker, module, {"method": method, "cuts": ["section2"]}, max_epochs=2, **options)
         states.append(clone_state(module))
@@ -310,7 +310,7 @@ class Unfreezes(L.Callback):
 
 
 class FineTuned(Metered):
-    """Its first section is frozen, and unknown to the optimizer."""
+    """With a frozen first section that the optimizer does not have."""
 
     def __init__(self) -> None:
         super().__init__()

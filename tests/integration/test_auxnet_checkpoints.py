@@ -1,4 +1,4 @@
-"""``Trainer(strategy="auxnet")``: checkpoints are plain models, and a run goes on exactly from any of them."""
+"""``Trainer(strategy="auxnet")``: checkpoints are plain models, and a run resumes exactly from any of them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tests.integration.test_exact_resume import SavesAt
 
 State = dict[str, Tensor]
 
-BATCHES = 5  # in an epoch; the workers meet after every three steps
+BATCHES = 5  # in an epoch; there is a handshake every three steps
 
 
 # ------------------------------------------------------------------ a checkpoint is a model
 
 
 def in_turn() -> DataLoader[Any]:
-    """Of all workers' ``held_out``; Lightning deals the batches out, the even ones to worker 0."""
+    """A loader of all workers' ``held_out``, from which Lightning gives worker 0 the even batches."""
     batches = [batch_of(100 + worker, step) for step in range(2) for worker in range(2)]
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
@@ -160,12 +160,12 @@ def norm_policies(worker: int) -> list[tuple[float, float, State]]:
 
 
 def test_batch_norm_statistics_are_by_policy_of_guesses_of_images_or_of_the_batch() -> None:
-    """Training is the same with all; what a stage's norm has seen in training are guesses."""
+    """Training is the same with all policies; in training a stage's norms see guesses."""
     found = dict(zip(POLICIES, zip(*run_trainers(norm_policies, 2), strict=True), strict=True))
     for policy in POLICIES:
         (during, after, state), theirs = found[policy]
         assert during == theirs[0]
-        assert during == after, policy  # also by the statistics of batches, which the module goes on using
+        assert during == after, policy  # also with batch statistics, which the module continues to use
         weights = {name: value for name, value in state.items() if "running" not in name and "tracked" not in name}
         reference = found["running"][0][2]
         assert_equal_states(weights, {name: reference[name] for name in weights}, exactly=True)
@@ -177,7 +177,7 @@ def test_batch_norm_statistics_are_by_policy_of_guesses_of_images_or_of_the_batc
 
 
 class Augmented(Pictures):
-    """With noise from every generator that a user's transforms may use."""
+    """Samples with noise from every generator that a user's transforms may use."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = super().__getitem__(index)
@@ -324,7 +324,7 @@ def test_other_workers_or_lost_files_go_on_from_the_full_model(workers: int, sav
 
 
 def test_a_checkpoint_of_another_method_goes_on_from_the_full_model_and_names_both(tmp_path: Path) -> None:
-    """As one that was written before the default became another."""
+    """For example from a checkpoint that is older than a change of the default."""
     run_trainers(save, 2, str(tmp_path), "penalty")
 
     results = run_trainers(go_on, 2, str(tmp_path / "7.ckpt"))

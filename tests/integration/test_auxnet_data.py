@@ -22,7 +22,7 @@ CUTS = {"cuts": ["section2"]}
 
 
 class Augmented(Pictures):
-    """Transforms that draw from every generator; the last number of an image says which sample it is."""
+    """Samples with transforms that draw from every generator; the last number of an image is its index."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = super().__getitem__(index)
@@ -32,7 +32,7 @@ class Augmented(Pictures):
 
 
 def add_noise(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Collates, at random."""
+    """A collate function that adds random noise."""
     images, labels = zip(*samples, strict=True)
     noise = torch.randn(len(images), 3, 8, 8)
     noise[:, 2, 7, 7] = 0
@@ -40,7 +40,7 @@ def add_noise(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 class Endless(IterableDataset[tuple[Tensor, Tensor]]):
-    """Of unknown length, in an order of its own."""
+    """A data set of unknown length, in a random order of its own."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         data = Augmented()
@@ -49,7 +49,7 @@ class Endless(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 class Seeing(Classifier):
-    """Notes the images that it is given, of each epoch by sample."""
+    """Notes the images of each epoch, by sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def see(worker: int, loader: str, method: str) -> tuple[list[dict[int, Tensor]],
 
 @pytest.mark.parametrize("loader", [*LOADERS, "endless"])
 def test_all_workers_see_the_same_images_in_the_same_order_augmented_anew_in_each_epoch(loader: str) -> None:
-    """Though they have seeded nothing, or differently."""
+    """Even if they have no seed, or different ones."""
     (mine, order), (theirs, other_order) = run_trainers(see, 2, loader, "delayed")
 
     assert order == other_order
@@ -117,7 +117,7 @@ def test_stored_guesses_with_a_random_collate_function_are_refused_in_the_second
         assert "method='penalty'" in str(outcome.error)
 
 
-# ------------------------------------------------------------------ an order that is drawn from a global generator
+# ------------------------------------------------------------------ orders drawn from a global generator
 
 
 class DropsInOneStage(Seeing):
@@ -129,7 +129,7 @@ class DropsInOneStage(Seeing):
 
 
 class OwnOrder(Sampler[int]):
-    """A user's, by the oldest of generators."""
+    """A user's sampler, with Python's global generator."""
 
     def __len__(self) -> int:
         return len(Pictures())
@@ -168,11 +168,11 @@ def test_an_order_that_is_drawn_from_a_global_generator_is_that_of_all_workers_i
     assert same, "the user's own sampler"
 
 
-# ------------------------------------------------------------------ workers that do not see the same
+# ------------------------------------------------------------------ workers with different batches
 
 
 class DrawsInStep(Classifier):
-    """Augments where the strategy does not see it."""
+    """Augments in the training step, which the strategy cannot seed."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step((batch[0] + torch.randn_like(batch[0]), batch[1]), batch_idx)
@@ -278,7 +278,7 @@ def test_batches_that_part_in_the_second_epoch_are_told_at_its_start() -> None:
     assert run_trainers(part_later, 2) == [(1, 5)] * 2
 
 
-# ------------------------------------------------------------------ the last batch, and other sizes
+# ------------------------------------------------------------------ last batches, and other sizes
 
 
 def uneven(worker: int, method: str) -> tuple[int, bool]:

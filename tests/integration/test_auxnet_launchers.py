@@ -1,4 +1,4 @@
-"""The launchers that train a network in stages bit for bit alike; a run that torchrun starts again resumes by itself.
+"""Launchers train a network in stages bit for bit alike, and a run that torchrun restarts resumes by itself.
 
 Other launchers: ``test_launchers.py``.
 """
@@ -19,7 +19,7 @@ from tests.helpers.trainers import run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 
 KILLED_AFTER = 7
-"""Behind the second handshake."""
+"""After the second handshake."""
 
 
 def expect(worker: int) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def expect(worker: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
-    """What workers that exist already train."""
+    """Results of workers that exist already."""
     found: dict[str, Any] = run_trainers(expect, 2)[0]
     return found
 

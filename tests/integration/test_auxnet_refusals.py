@@ -1,4 +1,4 @@
-"""``Trainer(strategy="auxnet")``: what cannot work is refused before any step, with a message that helps."""
+"""``Trainer(strategy="auxnet")``: impossible settings are refused before any step, with a helpful message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CUTS = {"cuts": ["section2"]}
 
 
 class Residual(nn.Module):
-    """The usual network, with a forward that a test chooses."""
+    """The usual network, with a forward chosen by a test."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TwoInputs(Residual):
 
 
 class Tied(Classifier):
-    """A layer outside has a weight of the network's."""
+    """A module with a layer outside of the network that shares a weight with it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Tied(Classifier):
 
 
 class Odd(Classifier):
-    """With another network."""
+    """A module with a given network."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Odd(Classifier):
 def fit_script(
     module: L.LightningModule, workers: int = 2, strategy: dict[str, Any] | None = None, **more: Any
 ) -> None:
-    """As a main process that would start workers: it must not come so far."""
+    """Fit as a main process that would start workers; an error must come before that."""
     made = make_stages(**{"start_method": "fork", **(strategy or {})})
     options = {**QUIET, "strategy": made, "devices": workers, "max_epochs": 1, **more}
     L.Trainer(**options).fit(module, pictures())
@@ -124,7 +124,7 @@ def test_a_wrong_name_of_the_input_is_told_with_what_the_batch_has(which: Any, e
 
 
 class WrongShape(nn.Module):
-    """An auxiliary network that knows nothing of its boundary."""
+    """An auxiliary network with an output of the wrong shape for its boundary."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -179,14 +179,14 @@ def test_an_auxiliary_network_of_another_shape_is_refused() -> None:
 
 
 class CallsTwice(Classifier):
-    """As consistency losses do."""
+    """Calls the network twice, like consistency losses."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return functional.mse_loss(self.net(batch[0]), self.net(batch[0]))
 
 
 class EvaluatesInStep(Classifier):
-    """Asks one stage for the whole network's answer."""
+    """Asks one stage for an output of the whole network."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         with torch.no_grad():
@@ -195,7 +195,7 @@ class EvaluatesInStep(Classifier):
 
 
 class EvalModeInStep(Classifier):
-    """The same, by the mode."""
+    """The same, by evaluation mode."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.net.eval()
@@ -203,7 +203,7 @@ class EvalModeInStep(Classifier):
 
 
 class CallsParts(Classifier):
-    """Goes round the network that is cut."""
+    """Calls the network's parts, not the network."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         net = self.net

@@ -1,4 +1,4 @@
-"""``Trainer(strategy="auxnet")``: unusual trainings that once hung, stopped, or parted the workers without a word."""
+"""``Trainer(strategy="auxnet")``: unusual trainings that once hung, stopped, or let the workers diverge silently."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def is_sound(module: nn.Module) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
 
 
-# ------------------------------------------------------------------ validation while gradients are added up
+# ------------------------------------------------------------------ validation while gradients accumulate
 
 
 def add_up(worker: int, how: dict[str, Any]) -> tuple[State, State]:
-    """Weights after a training with validation in it, and without."""
+    """The weights after a training with validations, and after one without."""
     states = []
     for every in (4, None):
         module = Classifier()
@@ -55,11 +55,11 @@ def test_validation_while_gradients_are_added_up_changes_nothing(how: dict[str, 
         assert_equal_states(validated, found[0][0], exactly=True)
 
 
-# ------------------------------------------------------------------ a training_step that optimizes by itself
+# ------------------------------------------------------------------ manual optimization
 
 
 class TwoBackwards(Classifier):
-    """Two losses, one after the other."""
+    """Two losses, with a backward pass each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_a_second_backward_pass_is_told_on_all_workers_within_seconds(how: dict[
 
 
 class TwoOptimizers(Classifier):
-    """One for the first sections, one for the others; notes of what each of them has state."""
+    """Two optimizers, for every second parameter each; notes the number of parameters with state in them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def two_optimizers(worker: int, path: str) -> tuple[list[int], list[int]]:
 
 
 def test_state_of_parameters_that_are_absent_is_dropped_in_every_optimizer(tmp_path: Path) -> None:
-    """As a checkpoint has it that Lightning wrote by itself."""
+    """Such state comes from a checkpoint of plain Lightning."""
     alone = make_trainer("auto", max_epochs=1)
     alone.fit(TwoOptimizers(), in_order(pictures()))
     alone.save_checkpoint(tmp_path / "alone.ckpt")
@@ -131,7 +131,7 @@ def test_state_of_parameters_that_are_absent_is_dropped_in_every_optimizer(tmp_p
     assert sum(sum(known) for _, known in found) == count
 
 
-# ------------------------------------------------------------------ gradients that are clipped
+# ------------------------------------------------------------------ gradient clipping
 
 
 def clip(worker: int, algorithm: str) -> tuple[bool, State]:
@@ -159,7 +159,7 @@ def test_clipping_by_value_trains_a_layer_outside_alike() -> None:
     assert_equal_states(mine, theirs, exactly=True)
 
 
-# ------------------------------------------------------------------ auxiliary networks of the user's
+# ------------------------------------------------------------------ a user's auxiliary networks
 
 
 def small(image: tuple[int, ...], boundary: tuple[int, ...], width: int = 3) -> nn.Module:
@@ -170,7 +170,7 @@ def small(image: tuple[int, ...], boundary: tuple[int, ...], width: int = 3) -> 
 
 
 class Factory:
-    """Has no name of its own."""
+    """A factory without a name, unlike a function."""
 
     def __call__(self, image: tuple[int, ...], boundary: tuple[int, ...], width: int = 3) -> nn.Module:
         return small(image, boundary, width)
@@ -188,7 +188,7 @@ def with_each_factory(worker: int) -> dict[str, tuple[bool, int]]:
 
 
 def with_factories(worker: int, names: tuple[str, ...]) -> tuple[bool, int]:
-    heap = [Factory() for _ in range(1 + 999 * worker)]  # the last one lies elsewhere on each worker
+    heap = [Factory() for _ in range(1 + 999 * worker)]  # the last one has another address on each worker
     module = Classifier()
     options = {**CUTS, "method": "penalty", "aux_network": FACTORIES[names[worker]](heap[-1])}
     steps = fit_stages(worker, module, options).global_step
@@ -224,7 +224,7 @@ def test_stored_guesses_go_on_where_an_epoch_has_new_samples() -> None:
 
 
 class PoolsAtOnce(Classifier):
-    """One pixel crosses the boundary."""
+    """A network with one pixel at the boundary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ def test_a_last_batch_may_have_one_sample() -> None:
 
 
 class KeepsOutput(Classifier):
-    """Notes what the network gave."""
+    """Notes the network's outputs."""
 
     outputs: list[Tensor]
 

@@ -1,4 +1,4 @@
-"""``Trainer(strategy="auxnet")``: whatever happens to one worker, nobody waits for its messages for ever."""
+"""``Trainer(strategy="auxnet")``: whatever happens to one worker, no other waits forever for its messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
 
 
 class Harmed(Classifier):
-    """One worker comes to harm in a step: before its forward, or between its forward and its backward."""
+    """One worker fails in a step: before its forward, its backward, or its optimizer step."""
 
     def __init__(self, what: str, where: str, doomed: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def test_a_worker_that_hangs_is_named_after_the_timeout() -> None:
 
 
 class Diverges(Classifier):
-    """The loss of one worker's copy becomes NaN; the others' as well, as all compute the same."""
+    """The loss becomes NaN, on all workers, as all compute the same."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)

@@ -1,4 +1,4 @@
-"""Lightning's callbacks that average weights: each worker averages what it holds, everybody sees the mean of that."""
+"""Lightning's callbacks that average weights: each worker averages its part, and all see the mean of these."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.training import assert_equal_states, clone_state
 averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="Lightning 2.6 brought it")
 
 DECAY = 0.8
-EPOCH = 5  # batches; rounds of three steps end anywhere in it
+EPOCH = 5  # batches; rounds of three steps may end anywhere in an epoch
 EPOCHS = 2
 CONFIGS: dict[str, dict[str, Any]] = {
     "local_sgd": {},
@@ -48,7 +48,7 @@ CALLBACKS: dict[str, Any] = {
 
 
 class Watched(L.Callback):
-    """What a validation and the checkpoints of a training show."""
+    """Notes the losses of validations, and saves a checkpoint after four steps."""
 
     def __init__(self, folder: str) -> None:
         self.folder, self.losses = folder, []
@@ -73,7 +73,7 @@ class Counting(Classifier):
 
 
 def train(worker: int, trainer_options: dict[str, Any], callback: Any, folder: str, **options: Any) -> dict[str, Any]:
-    """Trains; gives the weights at the end, the losses, and what the checkpoints hold."""
+    """Train; returns the final weights, the losses, and the contents of the checkpoints."""
     module, watched = options.pop("module", None) or Classifier(), Watched(folder)
     saving = ModelCheckpoint(folder, filename="{step}", save_top_k=-1)
     callbacks = [callback, watched, saving] if folder else [callback]
@@ -118,7 +118,7 @@ def test_one_worker_averages_as_lightning_does(name: str, face: str, tmp_path: P
 
 
 def averages_by_formula(config: Config, steps: int, workers: int = 2) -> nn.Module:
-    """The full model of averages: every worker's of what it holds, a block's handed over with the block."""
+    """The full model of averages: each worker averages what it holds, and hands a block over with its average."""
     simulator = Simulator(Classifier(), lambda copy: copy.configure_optimizers(), config, workers)  # type: ignore[operator]
     averages: list[dict[str, Tensor]] = [{} for _ in range(workers)]
     for step in range(steps):
@@ -151,7 +151,7 @@ def hand_over(simulator: Simulator, averages: list[dict[str, Tensor]], round: in
     for name, block in simulator._block_of.items():
         copies = [averages[worker][name] for worker in before.holders(block)]
         if len(copies) == len(after.holders(block)) == len(averages):
-            continue  # all workers go on with their own
+            continue  # all workers continue with their own
         mean = torch.stack(copies).double().mean(0) if copies[0].is_floating_point() else torch.stack(copies).amax(0)
         for worker in after.holders(block):
             averages[worker][name] = mean.to(copies[0].dtype)
@@ -163,7 +163,7 @@ def options_of(name: str) -> dict[str, Any]:
 
 def together(worker: int, name: str, folder: str) -> dict[str, Any]:
     options = options_of(name)
-    module = Counting(seed=7 + worker)  # worker 0's are everybody's
+    module = Counting(seed=7 + worker)  # worker 0's weights replace the others'
     found = train(worker, options, ema(), folder, module=module)
     engine = options["strategy"].engine
     found["bytes"] = {kind: engine.collective.sent_bytes[kind] for kind in SYNC_KINDS}
@@ -194,7 +194,7 @@ def test_workers_average_what_they_hold_and_see_the_mean(name: str, tmp_path: Pa
 
 
 def check_bytes(found: list[dict[str, Any]], config: Config) -> None:
-    """What was sent at syncs is the closed form, with a block's part of the average beside the block."""
+    """Check that bytes of syncs are the closed form, with a block's average beside the block."""
     module = Counting()
     layout = BlockLayout(module, config, 2)
     sizes = layout.sizes(OptimizerStates([module.configure_optimizers()]))
@@ -211,7 +211,7 @@ def check_bytes(found: list[dict[str, Any]], config: Config) -> None:
 def resume(worker: int, name: str, folder: str) -> list[dict[str, Tensor]]:
     unbroken = train(worker, options_of(name), ema(), folder, module=Counting())
     states = [unbroken["state"]]
-    for start, file in ((0, "4.ckpt"), (5, "step=5.ckpt")):  # the batches of an epoch that has begun are fetched again
+    for start, file in ((0, "4.ckpt"), (5, "step=5.ckpt")):  # the batches of an unfinished epoch are fetched again
         found = train(
             worker, options_of(name), ema(), "", module=Counting(seed=8), start=start, ckpt_path=f"{folder}/{file}"
         )
@@ -242,7 +242,7 @@ def test_validations_change_no_average() -> None:
 
 
 class ByFormula(L.Callback):
-    """The average of what this worker holds."""
+    """The average of this worker's parameters, by formula."""
 
     def __init__(self) -> None:
         self.average: dict[str, Tensor] = {}

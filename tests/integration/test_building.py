@@ -1,4 +1,4 @@
-"""Networks that are built in ``configure_model``: what each worker has of them, and where they resume."""
+"""Networks that are built in ``configure_model``: each worker's part of them, and resuming."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.training import assert_equal_states, clone_state
 
 
 class ByParts(Late):
-    """Built on the meta device, so that its parts make their values; worker 0's are those of the others."""
+    """Built on the meta device, so that its parts initialise themselves; all workers get worker 0's values."""
 
     def configure_model(self) -> None:
         with torch.device("meta"):
@@ -32,7 +32,7 @@ class Reads(Late):
 
 
 def late_trained(worker: int, face: str, folder: str) -> dict[str, Any]:
-    """Trainings of modules that are built late, and what is seen on the way."""
+    """Train modules that are built late; returns their weights, and notes made on the way."""
     path, kind = Path(folder) / "late.ckpt", kind_for(face)
     found: dict[str, Any] = {}
     sanity: list[bool] = []
@@ -48,7 +48,7 @@ def late_trained(worker: int, face: str, folder: str) -> dict[str, Any]:
     class Draws(Late):
         def configure_model(self) -> None:
             super().configure_model()
-            nn.Linear(4, 4)  # draws random numbers where it is made with values
+            nn.Linear(4, 4)  # draws random numbers if it is built with values
 
     module = Draws(kind)
     validated = {"val_dataloaders": held_out(worker), "num_sanity_val_steps": 2, "callbacks": [Saves()]}

@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole or not there, and errors that say what is wrong with one."""
+"""Checkpoints as files: whole or absent, and errors that name the damage to one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def files_of(path: Path) -> list[Path]:
     return sorted(path.with_name(path.name + ".workers").iterdir())
 
 
-# Whole or not there.
+# Whole or absent.
 
 
 def test_a_checkpoint_is_one_file_of_the_model_and_one_of_each_worker(saved: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_checkpoint_that_is_removed_takes_the_workers_files_along_and_a_link_f
 
 
 def resume_and_listen(worker: int, path: str) -> str:
-    """What is said of how the run resumes."""
+    """Messages about resuming a run."""
     import logging
     import warnings
 
@@ -114,7 +114,7 @@ def resume_and_listen(worker: int, path: str) -> str:
 
 
 class KilledWhileSaving(L.Callback):
-    """Worker 0 is killed when a part of the second checkpoint has been written."""
+    """Kills worker 0 when a part of the second checkpoint is written."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -157,7 +157,7 @@ def save_on_a_full_disk(worker: int, path: str, full: int, on_save_error: str) -
 
 
 class FullDisk(L.Callback):
-    """One worker can write no file of more than 10 kB, where a checkpoint needs more."""
+    """Limits files of one worker to 10 kB, which is too little for a checkpoint."""
 
     def __init__(self, path: str, full: int) -> None:
         self.path, self.full = path, full
@@ -253,7 +253,7 @@ def test_a_file_that_cannot_be_used_is_named_and_explained(
 
 
 def resume_as_nobody(worker: int, path: str) -> None:
-    resume(worker, f"{path}.readable")  # as root, who may read what is imported for it
+    resume(worker, f"{path}.readable")  # as root, who may read the files that are imported for this
     os.seteuid(65534)
     resume(worker, path)
 
@@ -281,7 +281,7 @@ def test_a_damaged_file_of_a_worker_is_an_error(saved: Path) -> None:
 
 
 def test_without_the_workers_files_the_run_goes_on_from_the_full_model_and_says_so(saved: Path) -> None:
-    files_of(saved)[1].unlink()  # of one worker: no worker may go on with its own tensors then
+    files_of(saved)[1].unlink()  # with one file missing, no worker may resume with its own tensors
 
     first, second = run_trainers(resume, 2, str(saved))
     assert_equal_states(first, second, exactly=True)
@@ -327,7 +327,7 @@ def test_a_checkpoint_of_one_strategy_starts_another(before: str, after: str, tm
     states = run_trainers(fit_ddp, 2, None, path) if after == "ddp" else run_trainers(resume, 2, path, {"face": after})
 
     saved = torch.load(path, weights_only=True)
-    if after == "ddp":  # whose workers have batch-norm statistics of their own
+    if after == "ddp":  # DDP's workers have batch-norm statistics of their own
         states = [{name: value for name, value in s.items() if name in PARAMETERS} for s in states]
     assert_equal_states(states[0], states[1], exactly=True)
     assert saved["global_step"] == SAVED_AFTER

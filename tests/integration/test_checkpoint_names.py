@@ -1,4 +1,4 @@
-"""Where a checkpoint's files go: beside worker 0's, under URLs, by plugins of the Trainer; and what is said of them."""
+"""Places of a checkpoint's files: beside worker 0's, under URLs, by plugins of the Trainer; and messages about them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tree(folder: Path) -> list[str]:
 
 
 class Scattered(Classifier):
-    """Logs a metric without ``sync_dist``, in which the workers do not even agree on what is best."""
+    """Logs a metric without ``sync_dist``, by which the workers do not agree on the best epoch."""
 
     def on_train_epoch_end(self) -> None:
         seen = [0.2, 0.8, 0.1, 0.7] if self.trainer.global_rank else [0.9, 0.3, 0.6, 0.4]
@@ -64,7 +64,7 @@ def keep_the_best(worker: int, folder: str) -> tuple[str, State, State, State]:
 def test_a_metric_that_is_not_reduced_names_the_files_of_all_workers_alike(tmp_path: Path) -> None:
     results = run_trainers(keep_the_best, 2, str(tmp_path))
 
-    # Worker 0 has seen 0.9, 0.3, 0.6, 0.4: of the best two no file is missing, and of the others none is left.
+    # Worker 0 has logged 0.9, 0.3, 0.6, 0.4: the best two are complete, and of the others no file is left.
     assert tree(tmp_path) == [
         *("0.3.ckpt", "0.3.ckpt.workers", "0.3.ckpt.workers/2-step=2-0", "0.3.ckpt.workers/2-step=2-1"),
         *("0.4.ckpt", "0.4.ckpt.workers", "0.4.ckpt.workers/5-step=1-0", "0.4.ckpt.workers/5-step=1-1"),
@@ -155,7 +155,7 @@ def test_another_file_system_has_the_full_model(tmp_path: Path) -> None:
 
 
 class Foreign(CheckpointIO):
-    """A user's own: a folder, with the checkpoint in one of its files."""
+    """A user's plugin, which writes a folder with the checkpoint in one of its files."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         os.makedirs(path, exist_ok=True)
@@ -203,7 +203,7 @@ def test_plugins_that_write_checkpoints(plugin: str, strategy: str, tmp_path: Pa
     ]
 
 
-# What is said.
+# Messages.
 
 
 class Fails(L.Callback):
@@ -310,7 +310,7 @@ def test_one_wrong_bit_of_the_model_is_found_by_whoever_loads_it(saved: Path) ->
     shutil.rmtree(f"{path}.workers")
     content = path.read_bytes()
     weight = torch.load(path, weights_only=True)["state_dict"]["net.stem.weight"].numpy().tobytes()
-    position = content.index(weight)  # read in silence by torch.load
+    position = content.index(weight)  # torch.load does not notice it
     path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
     assert torch.load(path, weights_only=True)["global_step"] == 4
 
@@ -321,7 +321,7 @@ def test_one_wrong_bit_of_the_model_is_found_by_whoever_loads_it(saved: Path) ->
 
 
 def test_a_checkpoint_without_a_seal_is_loaded(saved: Path, unbroken: State) -> None:
-    torch.save(torch.load(saved, weights_only=True), saved)  # as a version without seals wrote it
+    torch.save(torch.load(saved, weights_only=True), saved)  # as written by a version without seals
 
     for state in run_trainers(resume, 2, str(saved)):
         assert_equal_states(state, unbroken, exactly=True)

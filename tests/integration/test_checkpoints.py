@@ -41,7 +41,7 @@ class Reporter(L.Callback):
         self.metrics[trainer.global_step] = metrics_of(trainer.callback_metrics)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """In training only the process that writes the file has a copy of the full model."""
+        """Note where the checkpoint's tensors are: in training only the writing process copies the full model."""
         self.places |= {
             (trainer.training or trainer.validating, value.device.type) for value in checkpoint["state_dict"].values()
         }
@@ -52,7 +52,7 @@ def metrics_of(logged: Any) -> Metrics:
 
 
 def train_and_save(worker: int, folder: str, variant: dict[str, Any]) -> dict[str, Metrics]:
-    """Save in every way; returns the metrics that were reported of each file."""
+    """Save in every way; returns the metrics reported for each file."""
     module, reporter = Classifier(variant.get("kind", "preact")), Reporter()
     at_validation = ModelCheckpoint(f"{folder}/val", monitor="val/loss", save_top_k=-1, filename="{step}")
     between = ModelCheckpoint(f"{folder}/between", every_n_train_steps=5, save_top_k=-1, filename="{step}")
@@ -75,7 +75,7 @@ def train_and_save(worker: int, folder: str, variant: dict[str, Any]) -> dict[st
 
 
 def train_variants(worker: int, folder: str) -> list[dict[str, Metrics]]:
-    """All in the same processes, which have their cost too."""
+    """Train all variants in the same processes, as starting these has a cost."""
     return [train_and_save(worker, f"{folder}/{name.replace(' ', '-')}", variant) for name, variant in VARIANTS.items()]
 
 
@@ -105,7 +105,7 @@ def test_checkpoints_evaluate_as_reported_without_this_package(tmp_path: Path, r
         assert evaluated[path] == pytest.approx(metrics, abs=1e-6), path
 
 
-# The other ways to evaluate.
+# Other ways to evaluate.
 
 
 def stop_early_and_evaluate(worker: int, folder: str) -> dict[str, Any]:
@@ -152,11 +152,11 @@ def test_early_stopping_and_every_way_to_evaluate(tmp_path: Path) -> None:
             torch.testing.assert_close(predicted, logits)
 
 
-# Evaluation where nothing was trained.
+# Evaluation without training.
 
 
 def evaluate_only(worker: int) -> tuple[Metrics, Metrics, dict[str, Tensor]]:
-    module = Classifier(seed=1 + worker)  # worker 0's weights are taken
+    module = Classifier(seed=1 + worker)  # worker 0's weights are used
     trainer = make_trainer(make_strategy())
     validated = metrics_of(trainer.validate(module, held_out(worker), verbose=False)[0])
     tested = make_trainer(make_strategy()).test(module, held_out(worker), verbose=False)[0]

@@ -1,4 +1,4 @@
-"""Loaders that differ between workers, and who sees which part of the data."""
+"""Loaders that differ between workers, and the workers' parts of the data."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_epochs_end_for_all_workers_with_the_shortest_loader(options: dict[str, 
         assert_equal_states(state, expected[0], exactly=True)
     mine, theirs = results[0][1], results[1][1]
     assert theirs == []
-    assert len(mine) == bool(told)  # not where the limit of the Trainer is the shortest
+    assert len(mine) == bool(told)  # no warning where the limit of the Trainer is the shortest
     for each in mine:
         assert f"{told} batches" in each
         assert "Shard the data evenly" in each
@@ -73,7 +73,7 @@ EPOCHS = [(6, 6), (3, 5), (9, 8), (20, 9)]
 
 
 class NewLoaders(L.LightningDataModule):
-    """Another loader for each epoch: of batches, or of batches of two loaders."""
+    """A new loader for each epoch: of batches, or of batches of two loaders."""
 
     def __init__(self, worker: int, mode: str) -> None:
         super().__init__()
@@ -152,18 +152,18 @@ def assert_all_raise(folder: Path, options: dict[str, Any]) -> None:
     ids=["alone", "with validation", "with a checkpoint after each epoch", "with new loaders after each epoch"],
 )
 def test_loaders_of_unknown_length_that_end_apart_stop_all_workers(options: dict[str, Any], tmp_path: Path) -> None:
-    """ModelCheckpoint and Lightning's loops talk on their own account: it must not pair with another worker's sync."""
+    """Collectives of ModelCheckpoint and of Lightning's loops must not pair with another worker's sync."""
     assert_all_raise(tmp_path, options)
 
 
 def test_loaders_of_unknown_length_work_if_all_workers_take_the_same_steps(tmp_path: Path) -> None:
-    """The borders of their epochs may differ: they are no borders of rounds."""
+    """The borders of their epochs may differ, as they are not borders of rounds."""
     results = run_trainers(fit_unsized, 2, LENGTHS, str(tmp_path), {"max_steps": 8, "max_epochs": -1})
 
     assert_equal_states(results[0], results[1], exactly=True)
 
 
-# Who sees what.
+# Parts of the data.
 
 SAMPLES = 24
 
@@ -178,7 +178,7 @@ class Numbered(Dataset[tuple[Tensor, Tensor, int]]):
 
 
 class Seeing(Classifier):
-    """Notes the numbers of the samples that it is given."""
+    """Notes the numbers of the samples that it sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ def test_each_worker_sees_its_part_of_the_data_or_all_of_it_in_its_own_order(dat
 
 
 def test_a_stream_is_made_for_one_pass() -> None:
-    """What the tests of epochs rely on."""
+    """The tests of epochs rely on this."""
     loader = stream(0, 2)
     seen = [images for _ in range(2) for images, _ in loader]
     assert all(torch.equal(images, batch_of(0, step)[0]) for step, images in enumerate(seen))

@@ -1,4 +1,4 @@
-"""What differs between workers' Trainers is told before the training; NaN in one ends all."""
+"""Differences between workers' Trainers are reported before the training; NaN in one worker ends all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_trainers_that_differ_do_not_start(how: str, said: str) -> None:
 
 
 class Spoilt(Classifier):
-    """Worker 1 has a loss of NaN in the second round."""
+    """A module whose loss is NaN on worker 1 in the second round."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)

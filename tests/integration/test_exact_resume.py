@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint of any step is the run that was never stopped, bit for bit (contract 7)."""
+"""A run that resumes from a checkpoint of any step equals the uninterrupted run, bit for bit (contract 7)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.plain import CLASSES, Classifier, held_out
 from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_cases
 from tests.helpers.training import assert_equal_states, clone_state
 
-BATCHES = 5  # in an epoch; rounds of three steps end anywhere in it
+BATCHES = 5  # in an epoch; rounds of three steps may end anywhere in it
 EPOCHS = 2
 STOPS_PER_CASE = 2
 CASES = (4, 17, 33, 38, 97, 117, 125, 155, 169)
@@ -49,7 +49,7 @@ class Case:
     accumulate: int
     stops: tuple[int, ...]
     early: bool = False
-    """Whether ``configure_optimizers`` asks for the number of steps, which makes the loaders and their iterator."""
+    """Whether ``configure_optimizers`` reads the number of steps, which creates the loaders and their iterator."""
 
 
 def draw_case(number: int) -> Case:
@@ -78,13 +78,13 @@ def draw_case(number: int) -> Case:
         options["fragments"] = 2
     if face == "resist" and case.loader == "shuffled" and not isinstance(options["local_steps"], QSR):
         options["finish_rounds"] = 1
-    if number % 5 in (0, 3):  # two, three and four workers
+    if number % 5 in (0, 3):  # cases of two, three and four workers
         options["evaluate_on"] = "first"  # worker 0 alone has the full model of a checkpoint
     return case
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
-    """Images whose noise comes from every generator that a user's transforms may use."""
+    """Images with noise from every generator that a user's transforms may use."""
 
     def __len__(self) -> int:
         return 4 * BATCHES
@@ -176,11 +176,11 @@ def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, trained:
             assert_equal_states(state, unbroken, exactly=True)
 
 
-# Where a run is stopped, and what its data come from.
+# Places where a run is stopped, and kinds of loaders.
 
 
 class Counts(DataLoader[Any]):
-    """A loader that can say where it is, as those of torchdata do."""
+    """A loader with a state dict of its position, like torchdata's."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -245,7 +245,7 @@ def unbroken_and_resumed_loader(worker: int, kind: str, folder: str) -> list[dic
         names = [f"step={step}" for step in (3, 8)]
     elif kind == "just before validation":
         names = [f"step={step}" for step in (3, 6)]
-    names = names[:1] if kind == "persistent" else names  # in a later epoch their random state is lost
+    names = names[:1] if kind == "persistent" else names  # in a later epoch the random state of the processes is lost
     return states + [fit_loader(worker, kind, f"{folder}/{name}.ckpt", []) for name in names]
 
 
@@ -284,14 +284,14 @@ class FollowsTheValidation(Noisy):
 
 
 class OfTwoLoaders(Noisy):
-    """The shorter one is begun again and again, in another order each time."""
+    """With two loaders, of which the shorter one restarts again and again, in a new order each time."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch[0], batch_idx) + super().training_step(batch[1], batch_idx)
 
 
 class Iterates(Noisy):
-    """Looks at a batch before the training: with persistent processes, by the iterator that the training has too."""
+    """Reads a batch before the training: with persistent processes, by the training's own iterator."""
 
     def on_fit_start(self) -> None:
         self.trainer.fit_loop.setup_data()
@@ -321,7 +321,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Kind:
-    """Of loaders and validation, on two workers."""
+    """A kind of loaders and validation, on two workers."""
 
     name: str
     workers: int = 2

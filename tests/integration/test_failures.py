@@ -1,4 +1,4 @@
-"""Nobody hangs and nothing half-finished is saved when one worker fails (contract 12)."""
+"""When one worker fails, no other hangs, and nothing incomplete is saved (contract 12)."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def fit_in_one_go(worker: int, batches: int, overlap: int) -> dict[str, torch.Te
     [
         (signal.SIGTERM, (1,), "OnExceptionCheckpoint", 8, 0, SIGTERMException),
         (signal.SIGTERM, (0, 1), "save_on_exception", 7, 0, SIGTERMException),
-        # Told one step before the round ends, when its sync begins.
+        # One step before the round ends, when its sync begins.
         (signal.SIGINT, (0,), "save_on_exception", 8, 1, SystemExit),
     ],
     ids=["SIGTERM to one", "SIGTERM to all, before an epoch's last batch", "Ctrl-C before a sync under way"],
@@ -189,7 +189,7 @@ def test_a_second_signal_ends_the_worker_at_once_and_the_others_learn_of_it(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-# Workers that go different ways.
+# Workers that take different paths.
 
 
 class StopsAlone(L.Callback):
@@ -220,7 +220,7 @@ def test_workers_that_disagree_stop_with_an_error_that_says_so(target: Any, mess
             raise outcome.error
 
 
-# What a user may do wrong with the module.
+# A user's mistakes with the module.
 
 
 class KeepsGraphs(Classifier):
@@ -286,7 +286,7 @@ def fit_after_an_error(worker: int) -> list[str]:
     trainer = make_trainer(make_strategy(), max_epochs=1)
     with pytest.raises(KeyError, match="on all workers"):
         trainer.fit(broken, stream(worker, 8))
-    cut_connections()  # as the watchdog does that hears of another worker's error before it comes to its own
+    cut_connections()  # as a watchdog does that hears of another worker's error before its own worker raises
     left = [key for key in ("_broadcast_sigterm_tensor",) if key in vars(trainer.fit_loop.epoch_loop)]
     left += [key for key in ("run",) if key in vars(trainer.fit_loop.epoch_loop.val_loop)]
     module = Classifier()

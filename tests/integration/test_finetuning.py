@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "neurons": ("ist", {"momentum": "travel"}, "net.0", "net.5"),
     "stages": ("auxnet", {}, "net.section1", "net.section3"),
 }
-"""Strategy, its options, what stays frozen, and what trains from the second epoch on."""
+"""Strategy, its options, the module that stays frozen, and the one that trains from the second epoch on."""
 STOPS = (BATCHES, BATCHES + 2)
 """After the first epoch's last batch, before the callback unfreezes anything; in the second epoch."""
 

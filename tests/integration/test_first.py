@@ -1,4 +1,4 @@
-"""``evaluate_on="first"`` and ``full_model_on="first"``: worker 0 alone evaluates, and the others decide as it does."""
+"""``evaluate_on="first"`` and ``full_model_on="first"``: worker 0 alone evaluates, and all decide as it does."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ EXAMPLES = 22
 
 
 def examples() -> DataLoader[Any]:
-    """More than the workers could divide evenly, in batches that do not fill up."""
+    """A number of examples that the workers cannot share evenly, with an incomplete last batch."""
     batches = [batch_of(9, step) for step in range(3)]
     images, labels = (torch.cat(parts)[:EXAMPLES] for parts in zip(*batches, strict=True))
     return DataLoader(TensorDataset(images, labels), batch_size=5)
 
 
 class Talkative(Classifier):
-    """Logs in every way, talks past the strategy, and writes a buffer when an evaluation ends."""
+    """Logs in every way, calls collectives itself, and writes a buffer when an evaluation ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Talkative(Classifier):
 
 
 class Watch(Callback):
-    """Notes what this worker has at the end of each validation."""
+    """Notes this worker's metrics at the end of each validation."""
 
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
@@ -84,7 +84,7 @@ class Watch(Callback):
 
 
 class Weights(Callback):
-    """Notes what this worker trains after every batch."""
+    """Notes this worker's part after every batch."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Tensor]] = []
@@ -147,7 +147,7 @@ def train_both(worker: int, folder: str) -> dict[str, Any]:
 
 
 def train_neurons(worker: int, folder: Path) -> dict[str, Any]:
-    """IST, whose slices fit no full tensor."""
+    """Train IST, whose slices do not fit a full tensor."""
     module = Classifier("chain")
     strategy = make_strategy("ist", min_share=0.5, evaluate_on="first", full_model_on="first")
     trainer = make_trainer(strategy, max_epochs=2)
@@ -158,7 +158,7 @@ def train_neurons(worker: int, folder: Path) -> dict[str, Any]:
 
 
 def train_aligned(worker: int, *, validate: bool) -> dict[str, Any]:
-    """Rounds end with epochs, where every worker evaluates."""
+    """Train with rounds that end with epochs; every worker evaluates."""
     module, weights = Classifier(), Weights()
     trainer = make_trainer(make_strategy(local_steps=3), max_epochs=2, callbacks=[weights])
     trainer.fit(module, stream(worker, 3), examples() if validate else None)
@@ -177,8 +177,8 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, An
 def test_worker_0_evaluates_all_of_the_data_and_the_others_none(workers: Any, where: str) -> None:
     first, *others = [found[where] for found in workers[0]]
     assert [each["val/seen"] for each in first["metrics"]] == [EXAMPLES] * 2
-    assert first["worlds"] == {1}  # whoever asked
-    assert first["hooks"] == ["start", "epoch end", "end"] * 3  # with the check before the training
+    assert first["worlds"] == {1}  # on every call
+    assert first["hooks"] == ["start", "epoch end", "end"] * 3  # including the sanity check
     for other in others:
         assert other["hooks"] == ["start", "end"] * 3
         assert other["worlds"] == set()
@@ -193,7 +193,7 @@ def test_all_workers_have_its_metrics_and_decide_as_it_does(workers: Any) -> Non
         assert other["metrics"] == first["metrics"]
         assert (other["best"], other["epoch"], other["buffer"]) == (first["best"], 2, first["buffer"])
         assert other["test"] == first["test"]
-    assert first["buffer"] == 3  # what its evaluations have written, on all; the mean would be less
+    assert first["buffer"] == 3  # worker 0's value, on all workers; the mean would be less
 
 
 @pytest.mark.parametrize("where", ["all", "first"])
@@ -216,7 +216,7 @@ def test_the_metric_is_that_of_the_checkpoint_in_a_plain_module(workers: Any, wh
 
 
 def loss_of(path: Any) -> float:
-    """As a plain module computes it that was loaded from a checkpoint, over all examples."""
+    """The loss of a plain module, loaded from a checkpoint, over all examples."""
     module = Talkative.load_from_checkpoint(path, strict=True).eval()
     losses = []
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_full_model_on_first_leaves_the_others_their_part(workers: Any) -> None:
     whole = [each["all"]["state"] for each in found]
     for each in whole[1:]:
         assert_equal_states(each, whole[0], exactly=True)
-    assert_equal_states(found[0]["first"]["state"], whole[0])  # but for the order of sums over three workers
+    assert_equal_states(found[0]["first"]["state"], whole[0])  # up to the order of sums over three workers
     for each in found[1:]:
         missing = whole[0].keys() - each["first"]["state"].keys()
         assert missing
@@ -256,7 +256,7 @@ def test_neurons_are_assembled_on_worker_0_too(workers: Any) -> None:
 
 
 def test_a_sync_that_is_due_comes_before_a_validation_which_then_averages_nothing(workers: Any) -> None:
-    """Shared layers are sent once, and the training is what it is without validations."""
+    """Shared layers are sent once, and the training is the same as without validations."""
     config = make_strategy(local_steps=3).config
     layout = BlockLayout(Classifier(), config, WORKERS)
     for worker, found in enumerate(workers[0]):
@@ -264,7 +264,7 @@ def test_a_sync_that_is_due_comes_before_a_validation_which_then_averages_nothin
         for seen, expected in zip(validated["weights"], plain["weights"], strict=True):
             assert_equal_states(seen, expected, exactly=True)
         assert_equal_states(validated["state"], plain["state"], exactly=True)
-        # After each round, and at the end, where nothing was trained since: round 2 has not begun.
+        # After each round, and at the end without further training: round 2 has not begun.
         assert validated["sent"]["evaluation"] == sum(
             observed_bytes(layout, round, unequal=False)[worker] for round in (1, 2, 2)
         )

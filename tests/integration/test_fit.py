@@ -30,7 +30,7 @@ from tests.helpers.training import assert_equal_states, clone_state
 
 @dataclass(frozen=True)
 class Case:
-    """One training: how many workers, with which strategy, for how many steps in epochs of which length."""
+    """A training: number of workers, strategy, and number of steps in epochs of a given length."""
 
     workers: int
     options: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +66,7 @@ CASES = {
         2, {"warmup_rounds": 2, "test_scale": 0.3, "batch_norm": "running"}, steps=10
     ),
     "local SGD": Case(2, face="local_sgd"),
-    # The mean over holders must not depend, in its last bit, on who computes it and for whom.
+    # The last bit of a mean over holders must not depend on the worker that computes it, or its target.
     "an end on the border of a round, blocks with several holders": Case(3, {"min_blocks": 3}, steps=12),
     "an end on the border of the warm-up": Case(3, {"min_blocks": 3, "warmup_rounds": 4}, steps=12),
 }
@@ -74,7 +74,7 @@ EXPECTED_LEFT = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD
 
 
 class Watcher(L.Callback):
-    """Notes which blocks the worker has in each batch, and that nothing is left of the others."""
+    """Notes the worker's blocks in each batch, and checks that nothing is left of the others."""
 
     def __init__(self) -> None:
         self.held: list[list[int]] = []
@@ -160,7 +160,7 @@ STRATEGIES = {
 
 
 class Told(Classifier):
-    """Notes, at its first batch, whether the workers were told that they average once."""
+    """Notes, at its first batch, whether a warning said that the workers average only once."""
 
     heard: bool | None = None
 

@@ -35,7 +35,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Fit:
-    """One training: how many workers, with which settings, for how many steps in epochs of which length."""
+    """A training: number of workers, settings, and number of steps in epochs of a given length."""
 
     workers: int
     options: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ FITS = {
 
 
 class Watcher(L.Callback):
-    """Notes how many neurons the worker has in each batch, and that its parameters have gradients of their shape."""
+    """Notes the worker's numbers of neurons in each batch, and checks that gradients have their parameters' shapes."""
 
     def __init__(self) -> None:
         self.widths: list[tuple[int, ...]] = []
@@ -151,7 +151,7 @@ def monitored(worker: int, folder: str) -> tuple[dict[str, float], dict[str, flo
         default_root_dir=folder,
         val_dataloaders=held_out(worker),
     )
-    # RoundMonitor tells the round, too.
+    # RoundMonitor logs the round, too.
     validated = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
     logged = {key.removeprefix("val/"): float(value) for key, value in validated.items()}
     return logged, evaluate(module, 2), clone_state(module)
@@ -180,7 +180,7 @@ def test_the_summary_has_the_numbers_of_the_closed_form_and_the_model_evaluates_
 
 
 class Spoilt(Classifier):
-    """Worker 1 has a loss of NaN in the second round."""
+    """A module whose loss is NaN on worker 1 in the second round."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)

@@ -1,4 +1,4 @@
-"""``Trainer(strategy="ist")`` goes on from any batch, with other workers, and from or to another strategy."""
+"""``Trainer(strategy="ist")`` resumes from any batch, with other workers, and from or to another strategy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 
 def draw_case(number: int) -> Case:
-    """Any run, and any two batches after which it is stopped."""
+    """A random run, and random batches after which it is stopped."""
     drawn = random.Random(number)
     options = {
         "momentum": ("reset", "keep", "travel")[number % 3],
@@ -48,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[Sta
 
 @pytest.mark.parametrize("number", range(9))
 def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, trained: dict[int, Any]) -> None:
-    """With every policy of momentum and one to three workers; gradients that have added up are saved too."""
+    """With every policy of momentum and one to three workers; accumulated gradients are saved, too."""
     case = draw_case(number)
     assert len(trained[number]) == case.workers
     for unbroken, *resumed in trained[number]:

@@ -1,4 +1,4 @@
-"""The ways to start workers that users have: they train the same, bit for bit, at any size. The slowest file."""
+"""All ways to start workers train the same, bit for bit, at any size. The slowest file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def by_hand(worker: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
-    """The weights that a plain loop with the engine gives, and their metrics."""
+    """The weights of a plain loop with the engine, and their metrics."""
     state = run_workers(by_hand, 2)[0]
     module = Classifier()
     module.load_state_dict(state)
@@ -67,14 +67,14 @@ def torchrun(*arguments: str) -> str:
 
 @dataclass(frozen=True)
 class Launched:
-    """A launcher, and what became of a script that it has run."""
+    """The results of a script that a launcher has run."""
 
     folder: Path
     ordinary: str
     output: str
 
 
-# Every launcher has one network of ordinary size, and each network one method; not all of their combinations.
+# Each launcher has one network of ordinary size, and each network one method; not all combinations.
 # Local SGD is ResIST with nothing partitioned, which ``run_ordinary`` has.
 SCRIPTS = {"script": (script, "ist:mlp"), "torchrun": (torchrun, "auxnet:vit")}
 
@@ -95,7 +95,7 @@ def test_launchers_train_what_the_plain_loop_trains(launched: Launched, expected
     assert launched.output.count("4 residual blocks are partitioned over 2 worker(s), 2, 2 a worker") == 1
 
 
-# Networks of 25 million parameters or more (contract 17): small ones hide what depends on size. Up to version 0.1,
+# Networks of 25 million parameters or more (contract 17): small ones hide effects of size. Up to version 0.1,
 # worker 0's results went through a pipe that holds 64 KB, which the main process read when the workers had ended;
 # ResNet-34 and larger never came back from ``spawn`` and ``fork``.
 
@@ -118,7 +118,7 @@ def assert_sound_at_ordinary_size(folder: Path, network: str) -> None:
     if found["predicted"] is not None:
         with torch.no_grad():
             outputs = torch.cat([plain(x) for x, _ in data])
-        # Of two workers, worker 0 has every second sample.
+        # With two workers, worker 0 has every second sample.
         torch.testing.assert_close(found["predicted"], outputs[::2], rtol=1e-3, atol=1e-4)
 
 
@@ -144,10 +144,10 @@ def test_spawned_workers_train_an_ordinary_network_as_forked_ones_do(tmp_path: P
     assert_equal_states(found["state"], expected["resumed"], exactly=True)
     assert found["metrics"] == expected["metrics"] != {}
     assert output.count("residual blocks are partitioned over 2 worker(s)") == 1
-    assert not list(tmp_path.glob("*/resist_lightning_*"))  # what workers bring home is removed
+    assert not list(tmp_path.glob("*/resist_lightning_*"))  # the workers' result files are removed
 
 
-# Fork: from a worker that has imported everything, so that it costs no more than the training.
+# Fork from a worker that has imported everything, so that it costs no more than the training.
 
 
 def fork(_: int, folder: str) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def test_forked_workers_train_what_the_plain_loop_trains(expected: Any, tmp_path
 
 def fork_and_save(_: int, folder: str) -> None:
     as_a_main_process()
-    # The second worker ends with a part, and what comes back is worker 0's.
+    # The second worker ends with a part, and the main process gets worker 0's model.
     at_first: dict[str, Any] = {"evaluate_on": "first", "full_model_on": "first"}
     strategy = ResISTStrategy(local_steps=3, min_blocks=1, start_method="fork", **at_first)
     trainer = make_trainer(strategy, max_epochs=1, devices=2)
@@ -204,7 +204,7 @@ def test_an_interrupt_leaves_no_worker_and_the_next_fit_works(to_all: bool, tmp_
 
 
 def interrupt_a_worker_that_hangs(_: int, folder: str) -> float:
-    """A worker that is alone is given up by no other one. Returns seconds."""
+    """Interrupt a worker that hangs; being alone, it has no peer to give it up. Returns the seconds."""
 
     def harm() -> None:
         os.kill(os.getppid(), signal.SIGINT)
@@ -233,7 +233,7 @@ def fork_and_leave(_: int, folder: str) -> list[str]:
     as_a_main_process()
     tempfile.tempdir = folder
     strategy = ResISTStrategy(local_steps=3, min_blocks=1, start_method="fork")
-    trainer = make_trainer(strategy, max_epochs=1, devices=1)  # of two, the second would hear of the first
+    trainer = make_trainer(strategy, max_epochs=1, devices=1)  # with two workers, the second would hear of the first
     with pytest.raises(WorkerLost, match=r"worker 0 ended with exit code 0 and without results: .* sys\.exit"):
         trainer.fit(Leaving(), datamodule=Data())
     return os.listdir(folder)
@@ -260,5 +260,5 @@ def compute_in_a_fork(_: int) -> int | None:
 
 
 def test_forked_workers_compute_when_the_main_process_has_computed() -> None:
-    """As in a notebook. They hung in the first forward, waiting for threads of OpenMP that a fork does not have."""
+    """As in a notebook; workers hung in the first forward, waiting for OpenMP threads that a fork does not have."""
     assert run_workers(compute_in_a_fork, 1) == [0]

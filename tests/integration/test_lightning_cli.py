@@ -22,7 +22,7 @@ FACES: dict[str, Any] = {
     face.__name__: face for face in (ResISTStrategy, ISTStrategy, AuxNetStrategy, LocalSGDStrategy)
 }
 
-# As a user would type each option, with another value than its default, and what Python has for it.
+# Each option as a user would type it, with a value that is not its default, and its value in Python.
 COMMON = {
     "check": ("full", "full"),
     "on_save_error": ("warn", "warn"),
@@ -117,9 +117,9 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "full_model_on": ("first", "first"),
     },
 }
-# The strategy, and what it is not given: growth says what the counts of blocks and their scale would say too, overlap
-# does without state that travels and workers that are dropped; in AuxNet a worker is one process, gloo its backend,
-# and what is said of guesses and of delays belongs to different methods.
+# The strategy, and the options left out: growth replaces the counts of blocks and their scale, overlap
+# excludes travelling state and dropping workers; in AuxNet a worker is one process, gloo its backend,
+# and options of guesses and of delays belong to different methods.
 ONE_PROCESS = {"devices_per_worker", "across_hosts", "find_unused_parameters", "process_group_backend"}
 OF_GUESSES = {
     *("beta", "beta_growth", "lambda_step", "multiplier_every", "serial_every"),
@@ -138,7 +138,7 @@ RUNS: list[tuple[str, set[str]]] = [
 
 
 class Auxiliary(nn.Module):
-    """An auxiliary network of the user's."""
+    """A user's auxiliary network."""
 
     def __init__(self, image: tuple[int, ...], boundary: tuple[int, ...], width: int = 8) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Auxiliary(nn.Module):
 
 
 def auxiliary(image: tuple[int, ...], boundary: tuple[int, ...]) -> nn.Module:
-    """As a function."""
+    """A factory of auxiliary networks, as a function."""
     return Auxiliary(image, boundary, 5)
 
 
@@ -161,7 +161,7 @@ def strategy_of(*arguments: str, **options: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def without_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LightningCLI warns of arguments of pytest's."""
+    """Hide pytest's arguments, of which LightningCLI would warn."""
     monkeypatch.setattr("sys.argv", ["train.py"])
 
 
@@ -250,7 +250,7 @@ def test_a_bad_option_is_named(option: str, message: str, capsys: pytest.Capture
 
 
 def test_devices_by_name_are_those_that_lightning_gets() -> None:
-    """A command line and a YAML file have no objects. Up to version 0.1, only a list of torch.device was taken."""
+    """Command lines and YAML files have only strings; up to version 0.1, only a list of torch.device was accepted."""
     devices = [torch.device("cuda", 0)] * 2
     for given in (["cuda:0", "cuda:0"], ("cuda:0", torch.device("cuda:0")), devices):
         assert ResISTStrategy(parallel_devices=given).parallel_devices == devices
@@ -261,7 +261,7 @@ TRAINING = {
     "strategy": "resist_lightning.ResISTStrategy",
     "strategy.local_steps": 3,
     "strategy.min_blocks": 1,
-    "strategy.start_method": "fork",  # a script would be started again by an interpreter of its own, five seconds
+    "strategy.start_method": "fork",  # a script would be started again in a new interpreter, in five seconds
     "callbacks": "resist_lightning.callbacks.RoundMonitor",
     "accelerator": "cpu",
     "devices": 2,

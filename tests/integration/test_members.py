@@ -28,7 +28,7 @@ from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, SavesAt, 
 from tests.integration.test_snapshots import Stops
 
 TWO = {"devices_per_worker": 2}
-SEED = 17  # with others an activation comes to lie on the kink of a ReLU, and a last bit decides
+SEED = 17  # with others an activation falls on the kink of a ReLU, where the last bit decides
 FIND = {"find_unused_parameters": True}
 
 RESUMED = {
@@ -71,7 +71,7 @@ class ByHand(Classifier):
 
 
 def shard_by_shard(module: Classifier, members: int, worker: int, step: int, images: int = 1) -> None:
-    """The gradients of the members' batches, added up in one process; buffers are those of the first."""
+    """Add up the gradients of the members' batches in one process; buffers are the first member's."""
     for member in range(members):
         before = {name: buffer.clone() for name, buffer in module.named_buffers()}
         x, y = batch_of(worker * members + member, step)
@@ -98,7 +98,7 @@ def test_gradients_are_averaged_in_a_worker_and_weights_between_workers(manual: 
     for step in range(6):
         for worker, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
             train_batch(module, optimizer, worker, step, manual=manual)
-        # Three local steps a round: with one a batch by hand, with one in two batches else.
+        # Three local steps a round: one per batch by hand, else one per two batches.
         if (step + 1) % (3 if manual else 6) == 0:
             average(modules)
             for optimizer in optimizers:
@@ -205,7 +205,7 @@ def test_members_that_hold_different_weights_are_named() -> None:
 
 
 class WithUnused(Classifier):
-    """A layer that no step uses."""
+    """A module with a layer that no step uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ def trained_ist(rank: int) -> dict[str, Tensor]:
 def test_neurons_of_workers_with_members() -> None:
     results = run_trainers(trained_ist, 4)
 
-    config = NeuronConfig(local_steps=3, recalibration_batches=16)  # eight of each member
+    config = NeuronConfig(local_steps=3, recalibration_batches=16)  # eight from each member
     simulator = NeuronSimulator(Classifier("chain"), lambda copy: copy.configure_optimizers(), config, 2)
     for step in range(7):
         for number, worker in enumerate(simulator.workers):

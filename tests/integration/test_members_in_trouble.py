@@ -1,4 +1,4 @@
-"""Members of workers in trouble: overflow, NaN and signals of one, and workers that would spread over hosts."""
+"""Failures of members: overflow, NaN and signals of one, and workers that would spread over hosts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def overflows(rank: int) -> list[tuple[float, float]]:
 
 
 def not_finite(rank: int, policy: str) -> str:
-    """What is said of NaN that comes from one member, in the second step of the second round."""
+    """The error or warning for NaN from one member, in the second step of the second round."""
 
     class HasNaN(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -59,7 +59,7 @@ def not_finite(rank: int, policy: str) -> str:
 
 
 def terminated(rank: int) -> int:
-    """The steps of this process when one member has got a SIGTERM."""
+    """The number of steps of this process when one member gets a SIGTERM."""
 
     class Terminated(Classifier):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -93,7 +93,7 @@ def test_a_member_that_overflows_lets_its_worker_skip_the_step(found: list[dict[
     assert scales == (1024, 512, 512, 512, 256, 256)
     assert (weights[1], weights[4]) == (weights[0], weights[3])
     others, weights = zip(*third, strict=True)
-    assert others == (1024, 1024, 1024, 512, 512, 512)  # the smallest of all is agreed on where a round ends
+    assert others == (1024, 1024, 1024, 512, 512, 512)  # workers agree on the smallest scale at the end of a round
     assert len(set(weights)) == 6
 
 
@@ -110,7 +110,7 @@ def test_a_signal_to_one_member_stops_all_before_the_same_batch(found: list[dict
 
 
 def on_two_hosts(rank: int, network: Any, cases: list[dict[str, Any]]) -> list[str]:
-    """What becomes of trainings whose ranks 0 and 1 are on one host, 2 and 3 on another one."""
+    """Results or errors of trainings with ranks 0 and 1 on one host, 2 and 3 on another one."""
     host, local_rank = divmod(rank, 2)
     enter_host(network, host)
     os.environ.update(NODE_RANK=str(host), LOCAL_RANK=str(local_rank), GLOO_SOCKET_IFNAME=network.interface)

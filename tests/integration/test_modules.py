@@ -1,4 +1,4 @@
-"""Modules as users write them: other precisions, networks beside the one that trains, tools that fit by themselves."""
+"""Modules as users write them: other precisions, networks beside the trained one, tools that call fit themselves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def by_hand(worker: int) -> State:
     return clone_state(module)
 
 
-# Modules that train as the ordinary one does.
+# Modules that train like the ordinary one.
 
 
 class CallsItself(Classifier):
@@ -56,7 +56,7 @@ class CallsItself(Classifier):
 
 
 class Different(Classifier):
-    """Other weights and statistics on every worker but worker 0."""
+    """A module with other weights and statistics on every worker but worker 0."""
 
     def setup(self, stage: str) -> None:
         if self.trainer.global_rank:
@@ -112,11 +112,11 @@ def test_other_precisions_train_as_the_plain_loop_does(precision: str, dtype: to
         assert state["net.stem.weight"].isfinite().all()
 
 
-# Networks beside the one that trains.
+# Networks beside the trained one.
 
 
 class WithTeacher(Classifier):
-    """A network whose batch norm is never in training mode, called without gradients."""
+    """A module with a teacher, called without gradients, whose batch norm is never in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class WithTeacher(Classifier):
 
 
 class WithFrozenStatistics(Classifier):
-    """The batch norms of its first sections keep their statistics, as is usual in fine-tuning."""
+    """A module whose first section keeps its batch-norm statistics, as is usual in fine-tuning."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class WithFrozenStatistics(Classifier):
 
 
 class WithBoth(WithTeacher, WithFrozenStatistics):
-    """A teacher, and frozen statistics."""
+    """A module with a teacher and frozen statistics."""
 
 
 def test_batch_norms_that_do_not_train_keep_their_statistics() -> None:
@@ -161,7 +161,7 @@ def test_batch_norms_that_do_not_train_keep_their_statistics() -> None:
             torch.testing.assert_close(state[name], value)
 
 
-# Tools of Lightning that fit by themselves.
+# Tools of Lightning that call fit themselves.
 
 
 class Tunable(Classifier):
@@ -209,10 +209,10 @@ def test_a_search_for_the_learning_rate_leaves_no_trace(face: str, tmp_path: Pat
 
 
 def search_until_it_diverges(worker: int, folder: str) -> tuple[float, int, int]:
-    """The rate that was found, and how many steps found it; on data of the worker's own."""
+    """The learning rate found, the number of steps of the search, and of the training; on the worker's own data."""
     module = Tunable("preact")
     data = DataLoader([batch_of(worker, step) for step in range(40)], batch_size=None)  # type: ignore[arg-type]
-    threshold = 1e-4 if worker == 0 else None  # the first loss that is compared, and none
+    threshold = 1e-4 if worker == 0 else None  # stop at the first comparison, and never
     finder = LearningRateFinder(min_lr=1e-3, max_lr=1.0, num_training_steps=40, early_stop_threshold=threshold)
     strategy = make_strategy("local_sgd", local_steps=100)
     trainer = make_trainer(strategy, max_steps=2, default_root_dir=folder, callbacks=[finder])
@@ -229,7 +229,7 @@ def test_a_search_that_stops_early_on_one_worker_stops_on_all(tmp_path: Path) ->
     assert first[2] == 2
 
 
-# What a module may ask of the other workers.
+# A module's requests to other workers.
 
 
 class Gathering(Classifier):
@@ -283,7 +283,7 @@ WARNINGS = {
 
 def warn_of_much(worker: int) -> dict[str, int]:
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")  # what Python does by itself: once for each place
+        warnings.simplefilter("default")  # Python's default: once for each place
         strategy = make_strategy(min_blocks=None, blocks="section3.[01]")
         fit(
             worker,

@@ -25,7 +25,7 @@ BATCHES = 4
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
-    """Images that are changed at random, by all three global generators."""
+    """Images that are changed at random, with all three global generators."""
 
     def __init__(self, worker: int) -> None:
         batches = [batch_of(worker, step) for step in range(BATCHES)]
@@ -41,7 +41,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Drawing(Classifier):
-    """Its validation draws random numbers too. It notes a number that stands for the model that is validated."""
+    """Draws random numbers in validation, too, and notes a checksum of the validated model."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -143,7 +143,7 @@ def test_watching_changes_nothing_where_blocks_have_several_holders(tmp_path: Pa
 
 
 def test_watching_changes_nothing_where_neurons_are_dealt_out_and_gradients_accumulate(tmp_path: Path) -> None:
-    """Gradients of a subnet do not fit the full model, and are put aside."""
+    """Gradients of a subnet do not fit the full model, and are set aside."""
     fixed = {"accumulate": 4, "strategy": {"face": "ist", "local_steps": 1, "momentum": "travel"}}
     results = run_trainers(train_all, 2, str(tmp_path), fixed, BUSIEST)
 
@@ -152,7 +152,7 @@ def test_watching_changes_nothing_where_neurons_are_dealt_out_and_gradients_accu
 
 
 def test_watching_changes_nothing_while_gradients_accumulate(tmp_path: Path) -> None:
-    """Four batches a step, a step a round: the full model is seen while gradients accumulate."""
+    """Four batches a step, a step a round: the full model is assembled while gradients accumulate."""
     fixed = {"accumulate": 4, "calls": "self", "strategy": {"local_steps": 1, "batch_norm": "running"}}
     results = run_trainers(train_all, 2, str(tmp_path), fixed, BUSIEST)
 

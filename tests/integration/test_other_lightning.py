@@ -20,7 +20,7 @@ if importlib.util.find_spec("pytorch_lightning") is None:
 
 
 def mix(_: int) -> dict[str, str]:
-    """In a process of its own: the package stays imported."""
+    """Mix both packages, in a process of its own, as they stay imported."""
     import pytorch_lightning
 
     register_strategies()  # as `import resist_lightning` does after `import pytorch_lightning`

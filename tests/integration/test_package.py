@@ -1,4 +1,4 @@
-"""What ``python -m build`` makes: its files, its metadata, and a training with nothing but what it says it needs."""
+"""The package from ``python -m build``: files, metadata, and a training with nothing but its declared dependencies."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ if __name__ == "__main__":
 
 
 def run(*command: object, folder: Path) -> str:
-    """Run a program that must not find this repository by PYTHONPATH; returns what it printed."""
+    """Run a program that must not find this repository by PYTHONPATH; returns its output."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [str(part) for part in command],
@@ -109,7 +109,7 @@ def file_of(built: Path, pattern: str) -> Path:
 
 
 def sources() -> set[str]:
-    """The files of the package that are code, and the mark for type checkers."""
+    """The package's source files, and its marker for type checkers."""
     paths = [path for folder in ("resist_lightning", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")]
     names = {str(path.relative_to(ROOT)) for path in paths}
     assert len(names) > 100
@@ -143,9 +143,9 @@ def test_an_index_would_take_both(built: Path) -> None:
 
 
 def install(wheel: Path, folder: Path) -> Path:
-    """Make an environment with the wheel and with what it requires, as links to what is installed here.
+    """Make an environment with the wheel, and links to its dependencies as installed here.
 
-    So it costs no gigabytes; and a package that the wheel does not name, as torchvision, is not there.
+    So it costs no gigabytes, and packages that the wheel does not name, such as torchvision, are missing.
 
     Returns:
         The environment's interpreter.
@@ -163,7 +163,7 @@ def install(wheel: Path, folder: Path) -> Path:
 
 
 def required_by(package: Distribution, extras: set[str]) -> dict[str, Distribution]:
-    """All distributions that one requires, directly or not; each must have a version that it accepts."""
+    """All distributions that one requires, directly or not; checks that their versions are accepted."""
     found: dict[str, Distribution] = {}
     waiting: list[tuple[Distribution, set[str]]] = [(package, extras)]
     while waiting:
@@ -183,7 +183,7 @@ def required_by(package: Distribution, extras: set[str]) -> dict[str, Distributi
 
 @pytest.fixture(scope="module")
 def trained(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two workers report that were trained in an empty folder, by the environment of the wheel."""
+    """The reports of two workers that trained in an empty folder, in the wheel's environment."""
     python = install(file_of(built, "*.whl"), tmp_path_factory.mktemp("environment"))
     folder = tmp_path_factory.mktemp("empty")
     program = folder.parent / "train.py"

@@ -1,4 +1,4 @@
-"""Settings of precision and speed: each trains what it should, evaluates to what was reported, and stays in force.
+"""Settings of precision and speed: each trains as it should, evaluates as reported, and stays in force.
 
 The cells are those of the table in docs/precision-and-speed.md.
 """

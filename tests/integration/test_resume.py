@@ -1,4 +1,4 @@
-"""Training that goes on: from a checkpoint, with other workers, or by fitting again."""
+"""Continued training: from a checkpoint, with other workers, or by fitting again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import SavesAt
 
 State = dict[str, Tensor]
-EPOCH = 9  # three rounds, and more than the eight batches that batch norm is re-estimated on
+EPOCH = 9  # three rounds, and more than the eight batches for re-estimating batch norm
 
 
 def unbroken(worker: int, folder: str, options: dict[str, Any]) -> State:
-    """Two epochs, and a checkpoint after each."""
+    """Train two epochs, with a checkpoint after each."""
     module = Classifier(kind_for(**options))
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = make_trainer(make_strategy(**options), max_epochs=2, enable_checkpointing=True, callbacks=[saving])
@@ -31,8 +31,8 @@ def unbroken(worker: int, folder: str, options: dict[str, Any]) -> State:
 
 
 def resumed(worker: int, folder: str, options: dict[str, Any]) -> tuple[State, tuple[int, int]]:
-    """The second epoch, from the checkpoint after the first."""
-    module = Classifier(kind_for(**options), seed=1)  # the checkpoint's weights are taken
+    """Train the second epoch, from the checkpoint after the first."""
+    module = Classifier(kind_for(**options), seed=1)  # the checkpoint's weights replace these
     trainer = make_trainer(make_strategy(**options), max_epochs=2)
     trainer.fit(module, stream(worker, EPOCH, start=EPOCH), ckpt_path=f"{folder}/epoch=0.ckpt")
     return clone_state(module), (trainer.global_step, trainer.strategy.engine.clock.total_steps)
@@ -62,7 +62,7 @@ def test_a_run_resumed_on_the_border_of_a_round_is_the_unbroken_run(
 
 @pytest.fixture(scope="module")
 def ordinary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
-    """Two workers' run: its checkpoints and its weights."""
+    """A run of two workers: its checkpoints and its weights."""
     folder = tmp_path_factory.mktemp("ordinary")
     return folder, run_trainers(unbroken, 2, str(folder), {})[0]
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_of_two_workers_resumes_with_three(ordinary: tuple[Path, St
 
     results = run_trainers(resumed, 3, str(ordinary[0]), {})
 
-    # After a sync, every simulated worker has the means, unscaled; three of them go on in round 3.
+    # After a sync, every simulated worker has the means, unscaled; three of them resume in round 3.
     before = train_in_one_process(Classifier(), config, 2, EPOCH)
     module = Classifier()
     module.load_state_dict(before.workers[0].module.state_dict())
@@ -194,7 +194,7 @@ def test_a_second_trainer_in_the_process_trains_the_same(ordinary: tuple[Path, S
 
 
 class Block(nn.Module):
-    """Nothing says that ``out`` ends its branch."""
+    """A block that does not declare ``out`` as the end of its branch."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Block(nn.Module):
 
 
 class Unknown(Classifier):
-    """Its blocks are of a class that nobody knows."""
+    """A network with blocks of an unknown class."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed=seed)

@@ -1,4 +1,4 @@
-"""Resuming with what Lightning or a data set does by itself; one worker shows it."""
+"""Resuming with schedules and data of Lightning and of users, shown with one worker."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Follows(Tunable):
 
 
 class SavesAtEveryEnd(L.Callback):
-    """After the last batch, its validation, and its epoch."""
+    """Saves after the last batch of an epoch, its validation, and its end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -105,10 +105,10 @@ def fit_and_follow(folder: Path, monitor: str, ckpt_path: Path | None = None) ->
 def test_a_schedule_that_follows_a_metric_steps_at_the_end_of_the_epoch_that_was_saved(
     monitor: str, tmp_path: Path
 ) -> None:
-    """Lightning passes over it, as the checkpoint is older."""
+    """Lightning skips this step, as the checkpoint is older."""
     unbroken, rate = fit_and_follow(tmp_path, monitor)
     assert rate == Tunable.lr / 8
-    # In a validation the loss of the training is that of the epoch before.
+    # In a validation the training loss is still the last epoch's.
     for place in ("0-validation", "1-validation", "1-epoch") if monitor == "val/loss" else ("0-epoch", "1-epoch"):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=PASSED_OVER)
@@ -143,7 +143,7 @@ def test_batches_of_a_step_are_those_of_the_schedule_in_an_epoch_that_is_resumed
 
 
 class Shuffled(IterableDataset[tuple[Tensor, Tensor]]):
-    """Draws from a buffer by torch's global generator, or by a generator of its own."""
+    """Draws from a buffer with torch's global generator, or with its own."""
 
     def __init__(self, own: bool) -> None:
         self.own = own

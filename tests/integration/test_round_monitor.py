@@ -48,7 +48,7 @@ GRADIENT_BYTES = 4 * parameters(FULL)
 
 
 def handed_over(before: list[list[int]], after: list[list[int]], worker: int) -> int:
-    """Bytes of the blocks that ``worker`` has and the other one gets."""
+    """Bytes of the blocks that ``worker`` has and hands to the other one."""
     other = 1 - worker
     return BLOCK_BYTES * len((set(after[other]) - set(before[other])) & set(before[worker]))
 
@@ -70,7 +70,7 @@ class AtBorders(Callback):
 
 
 def shared_parameters(trainer: Any) -> Tensor:
-    """Every entry that the monitor looks at: one in 64 of large tensors."""
+    """The entries that the monitor samples: one in 64 of large tensors."""
     shared = trainer.strategy.engine.layout.shared.values()
     flat = [tensor.detach().flatten() for tensor in shared if isinstance(tensor, nn.Parameter)]
     return torch.cat([tensor[:: 64 if len(tensor) >= 4096 else 1] for tensor in flat])
@@ -122,9 +122,9 @@ def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path:
     assert sent["shared"] == [SYNCS * SHARED_BYTES] * 2
     assert sent["hand_over"] == moved
     assert sent["merge"] == sent["state"] == sent["checkpoint"] == [0, 0]
-    # At the end: shared tensors, every block to the one that lacks it, and batch norm's statistics.
+    # At the end: shared tensors, each block to the worker that lacks it, and batch norm's statistics.
     assert sent["evaluation"] == [SHARED_BYTES + 2 * BLOCK_BYTES + statistics_bytes(FULL)] * 2
-    # Worker 1 gets what its first partition gives it.
+    # Worker 1 gets its part of the first partition.
     assert sent["start"] == [held_bytes(FULL) - 2 * BLOCK_BYTES, 0]
     assert all(0 < control < 2000 for control in sent["control"])
     first = SHARED_BYTES + handed_over(partitions[0], partitions[1], 0)
@@ -139,7 +139,7 @@ def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path:
     assert float(row["sync/sent_MB_per_round"]) == pytest.approx((2 * SHARED_BYTES + moved[0]) / 2 / 1e6)
     assert float(row["sync/shared_MB_per_round"]) == pytest.approx(SHARED_BYTES / 1e6)
     assert float(row["sync/hand_over_MB_per_round"]) == pytest.approx(moved[0] / 2 / 1e6)
-    assert int(row["step"]) == 6  # as Lightning counts: batches before this one
+    assert int(row["step"]) == 6  # Lightning counts the batches before this one
 
     assert row["sync/slowest_worker"] in ("0.0", "1.0")
     assert 1 <= float(row["sync/slowest_step"]) <= 2
@@ -189,7 +189,7 @@ def test_the_summary_of_local_sgd_has_the_numbers_of_the_closed_form(tmp_path: P
     assert summary["scale"] == 1
 
 
-# Where there is nothing to observe.
+# Runs without anything to observe.
 
 
 def monitored_under_ddp(worker: int, folder: str) -> list[str]:
@@ -207,7 +207,7 @@ def test_under_another_strategy_it_says_that_it_has_nothing_to_report(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-# A run that goes on.
+# Resumed runs.
 
 
 def monitored_again(worker: int, folder: str) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def test_after_a_resume_all_bytes_are_of_the_same_steps(tmp_path: Path) -> None:
 
 
 class Listening(Logger):
-    """Notes the steps in the order in which they are logged."""
+    """A logger that notes the logged steps in order."""
 
     name, version = "listening", 0
 
@@ -252,7 +252,7 @@ class Listening(Logger):
         self.steps.append(step)
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """There are none."""
+        """Do nothing; there are none."""
 
 
 class TwoOptimizers(Classifier):

@@ -1,4 +1,4 @@
-"""What counts as a local step, and where a sync falls (contract 11): against plain loops in their own words."""
+"""Counting of local steps, and positions of syncs (contract 11), against separately written plain loops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.training import assert_equal_states, clone_state
 
 
 class Notes(L.Callback):
-    """Notes, for every batch, the round and the local step at its end."""
+    """Notes the round and the local step at the end of every batch."""
 
     def __init__(self) -> None:
         self.clock: list[tuple[int, int]] = []
@@ -72,7 +72,7 @@ def test_with_gradient_accumulation_a_round_counts_optimizer_steps() -> None:
 
 
 class TwoPlayers(L.LightningModule):
-    """Two networks that train against each other, as a GAN does; its optimizers are Lightning's, or raw."""
+    """Two networks that train against each other, like a GAN, with Lightning's optimizers or raw ones."""
 
     def __init__(self, raw: bool = False) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def overflow_by_hand(worker: int) -> dict[str, Tensor]:
         optimizer.zero_grad()
         scales.scale(module.training_step(batch_of(worker, step), (worker, step))).backward()
         scales.step(optimizer)
-        scales.update(512.0 if step == 2 else None)  # agreed upon at the first sync
+        scales.update(512.0 if step == 2 else None)  # agreed on at the first sync
 
     return loop_by_hand(module, [optimizer], range(8), train_step)
 
@@ -190,7 +190,7 @@ def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the
     assert [scales for _, scales in results] == [[1024.0] * 3 + [512.0] * 5, [1024.0] * 2 + [512.0] * 6]
 
 
-# A gradient scaler, and an optimizer all of whose parameters are absent in some rounds, on one worker each time.
+# A gradient scaler, and an optimizer whose parameters are all absent on one worker in some rounds.
 
 
 class OneForABlock(Classifier):
@@ -237,7 +237,7 @@ def test_a_grad_scaler_passes_over_an_optimizer_whose_parameters_are_absent() ->
     assert_all_equal([state for state, _ in results], expected)  # scales are powers of two
 
 
-# Messages within a step, which the strategy sees, and those that it does not.
+# Messages within a step, seen by the strategy or not.
 
 
 class Chatting(Classifier):

@@ -1,4 +1,4 @@
-"""A seed for every worker: what workers draw differs, can be repeated, and goes on where a run is resumed."""
+"""A seed for every worker: draws differ between workers, can be repeated, and continue in a resumed run."""
 
 from __future__ import annotations
 

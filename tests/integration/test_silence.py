@@ -1,4 +1,4 @@
-"""Between two syncs no collective is called at all (contract 4), with the defaults that a Trainer has."""
+"""Between two syncs no collective is called at all (contract 4), with a Trainer's defaults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.trainers import kind_for, make_strategy, run_trainers
 WORKERS = 2
 EPOCH, EPOCHS, LOCAL_STEPS = 7, 2, 3
 
-# What has "group" in its signature and no message in it.
+# Functions with "group" in their signature that send nothing.
 SILENT = ("get_", "is_", "new_", "init_", "destroy_", "split_", "supports_", "shrink_", "_", "P2POp", "default_")
 
 
@@ -39,7 +39,7 @@ def test_the_list_of_functions_that_talk_has_those_that_we_know() -> None:
 
 
 def listen() -> Counter[str]:
-    """From now on, count the calls of everything that talks, whoever calls it."""
+    """From now on, count the calls of all functions that send or receive, by any caller."""
     calls: Counter[str] = Counter()
 
     def counted(name: str, function: Any) -> Any:
@@ -57,7 +57,7 @@ def listen() -> Counter[str]:
 
 
 class Listening(Classifier):
-    """Notes what has been said when its hooks are called: by number of calls, and by the group's own count."""
+    """Notes the number of messages when its hooks are called: by calls, and by the group's own count."""
 
     def __init__(self, calls: Counter[str], kind: str) -> None:
         super().__init__(kind)

@@ -1,4 +1,4 @@
-"""Snapshots at the borders of rounds: what a run goes on from when its workers were lost."""
+"""Snapshots at the borders of rounds, from which a run resumes when its workers were lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STOP = 14  # in round 4: the newest snapshot is that of round 4, after 12 steps
 
 
 class Stops(L.Callback):
-    """The user presses a wrong key."""
+    """Stops the run after some batches, by a KeyError."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -79,7 +79,7 @@ def test_a_run_resumed_from_its_snapshots_is_the_unbroken_run(options: dict[str,
 def stopped(worker: int, folder: str, face: str = "resist") -> None:
     module = Classifier(kind_for(face))
     trainer = make_trainer(make_strategy(face, snapshots=folder), max_epochs=1, callbacks=[Stops(STOP)])
-    # Who gets to its own error later than the others hears of theirs.
+    # A worker that raises later than the others gets their error.
     with pytest.raises((KeyError, WorkerLost)):
         trainer.fit(module, stream(worker, EPOCH))
 
@@ -100,7 +100,7 @@ def stopped_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def snapshots(stopped_by_two: Path, tmp_path: Path) -> Path:
-    """What two workers that were stopped have left."""
+    """A copy of the snapshots of two workers that were stopped."""
     return shutil.copytree(stopped_by_two, tmp_path / "snapshots")
 
 
@@ -163,7 +163,7 @@ def test_other_workers_go_on_from_what_all_had(face: str, workers: int, tmp_path
 
 
 def full_state(simulator: Any) -> State:
-    """Unscaled: what the holders have at a border."""
+    """The unscaled full model, as its holders have it at a border."""
     if isinstance(simulator, NeuronSimulator):
         return simulator.full
     return {name: value.clone() for name, value in simulator.workers[0].module.state_dict().items()}
@@ -191,7 +191,7 @@ def test_what_else_is_in_the_folder_stays_when_the_run_has_come_to_its_end(tmp_p
 
 
 class Odd(L.Callback):
-    """Keeps an object that is no plain data."""
+    """Has an object in its state that is not plain data."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"odd": argparse.Namespace(a=1)}
@@ -209,7 +209,7 @@ def test_what_could_not_be_loaded_again_is_refused_when_the_first_snapshot_is_wr
     assert SnapshotFolder(tmp_path).newest_first() == []
 
 
-# Under torchrun, which starts the workers again.
+# Under torchrun, which restarts the workers.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""torchrun on two hosts, which are network namespaces: what works, and what is told within seconds where it cannot."""
+"""torchrun on two hosts, which are network namespaces: working settings, and errors of others within seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IPV6 = ["fd77::1", "fd77::2"]
 
 
 def train(devices: int, nodes: int, **options: Any) -> str:
-    """A short training of this process: what came of it."""
+    """A short training of this process; returns its result or its error."""
     trainer = make_trainer(make_strategy(**options), max_epochs=1, devices=devices, num_nodes=nodes)
     module = Classifier()
     began = time.monotonic()
@@ -34,7 +34,7 @@ def train(devices: int, nodes: int, **options: Any) -> str:
 
 
 def try_settings(cases: list[tuple[str, str]]) -> list[str]:
-    """What becomes of trainings with these values of the variable on the two hosts, one after the other."""
+    """Results or errors of trainings, one for each pair of values of the variable on the two hosts."""
     said = []
     for values in cases:
         value = values[int(os.environ["GROUP_RANK"])]
@@ -51,7 +51,7 @@ def train_in(interface: str, settings: list[tuple[int, int, dict[str, Any]]]) ->
 
 
 def only_ipv6(network: Namespaces) -> None:
-    """Give the hosts addresses of IPv6 instead of those of IPv4, and a second network that leads nowhere."""
+    """Give the hosts IPv6 addresses instead of IPv4, and a second network that leads nowhere."""
     for host, address in enumerate(IPV6):
         ip = ["ip", "-n", network.namespace(host)]
         for words in (
@@ -72,7 +72,7 @@ def test_one_process_on_each_host_by_ipv6_only_and_the_variable_that_is_wrong_is
         cases = [(right, right), ("", right), (right, "eth7"), (right, "nowhere0"), (right, right)]
         first, second = run_on_hosts(network, [1, 1], try_settings, cases, addresses=IPV6)
 
-    assert first == second  # errors too: both hosts are told
+    assert first == second  # errors too: both hosts get them
     works, own_name, absent, nowhere, again = first
     assert works.startswith("2 of 1: ")
     assert again == works

@@ -21,7 +21,7 @@ LATER_RATE = 0.02
 
 
 class Unfreezes(BaseFinetuning):
-    """The third section trains from the second epoch on, which begins in the middle of a round."""
+    """Trains the third section from the second epoch on, which begins in the middle of a round."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
         self.freeze([getattr(pl_module.net, name) for name in (*STILL, LATER)], train_bn=True)

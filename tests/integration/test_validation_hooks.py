@@ -1,4 +1,4 @@
-"""What users do in hooks of the validation: what they write stays, and swapped weights come back (contract 16)."""
+"""Users' hooks of the validation: their writes stay, and swapped weights come back (contract 16)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Swapping(SGD):
 
 
 class Scored(Classifier):
-    """Notes the weights that are seen in validations."""
+    """Notes the weights in validations."""
 
     def __init__(self, face: str, swaps: str = "") -> None:
         super().__init__(kind=kind_for(face))
@@ -65,7 +65,7 @@ class Scored(Classifier):
         self.seen: list[Tensor] = []
 
     def weights(self) -> Tensor:
-        """Of the last layer, which all workers hold."""
+        """Weights of the last layer, which all workers hold."""
         return list(self.net.parameters())[-1].detach().clone()
 
     def configure_optimizers(self) -> Any:
@@ -97,7 +97,7 @@ class Scored(Classifier):
 
 
 class Average(L.Callback):
-    """An exponential average of what the worker holds, shown in validations. A sync begins it anew."""
+    """An exponential average of the worker's parameters, shown in validations. A sync restarts it."""
 
     def __init__(self) -> None:
         self.average: dict[str, Tensor] = {}
@@ -150,14 +150,14 @@ def train(
 
 
 def train_all(worker: int, face: str) -> dict[str, Any]:
-    """Of each way the end without a validation (it is the same, where the optimizer swaps) and with them."""
+    """For each way, the results without validations (shared by all ways in which the optimizer swaps) and with them."""
     plain = {swaps: train(worker, face, how, validate=False) for how, swaps in SWAPS.items() if swaps in ("", "start")}
     return {how: [plain["start" if swaps else ""], train(worker, face, how)] for how, swaps in SWAPS.items()}
 
 
 @pytest.mark.parametrize("face", METHODS)
 def test_swapped_weights_are_averaged_and_come_back(face: str) -> None:
-    """A training is bit for bit the one without validation; all workers see the mean of what they show."""
+    """Training is bit for bit as without validations, in which all workers see the mean of their swapped weights."""
     first, second = run_trainers(train_all, 2, face)
     for how in SWAPS:
         for plain, watched in (first[how], second[how]):
@@ -176,7 +176,7 @@ def test_swapped_weights_are_averaged_and_come_back(face: str) -> None:
 
 
 class Counting(Classifier):
-    """Keeps what it finds in validations in buffers."""
+    """Counts in buffers during validations."""
 
     def __init__(self, face: str = "resist") -> None:
         super().__init__(kind=kind_for(face))
@@ -205,7 +205,7 @@ class Counting(Classifier):
 
     @property
     def counter(self) -> Any:
-        """A module that, if blocks are partitioned, one worker has."""
+        """A module that only one worker has if blocks are partitioned."""
         return self.net.section3[2] if hasattr(self.net, "section3") else self.net
 
     def written(self) -> list[float]:
@@ -217,7 +217,7 @@ class Counting(Classifier):
 
 
 class AtTheEnd(L.Callback):
-    """Resets a statistic of batch norm, which is no business of a validation."""
+    """Resets a batch-norm statistic, a write of which must not stay."""
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         if isinstance(module, Counting):
@@ -247,12 +247,12 @@ def count(worker: int, face: str, folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("face", METHODS)
 def test_buffers_that_a_validation_writes_stay_written_and_nothing_else_does(face: str, tmp_path: Path) -> None:
-    """As in one process: two batches of eight images in each of three validations; checkpoints have them too."""
+    """As in one process, with two batches of eight images in each of three validations; also from checkpoints."""
     expected = [[0.5 + 0.25 * epoch, 16.0 * (epoch + 1), 2.0 * (epoch + 1), 0.75, epoch + 1.0] for epoch in range(3)]
     for found in run_trainers(count, 2, face, str(tmp_path)):
         assert [row[:5] for row in found["history"]] == expected
         for epoch, row in enumerate(found["history"]):
-            assert row[5] in (2.0 * (epoch + 1), -1.0)  # of a block that another worker holds
+            assert row[5] in (2.0 * (epoch + 1), -1.0)  # -1 if another worker holds the block
         assert found["end"] == found["resumed"] == [*expected[-1], 6.0]
         weights = {
             name: value for name, value in found["plain"].items() if name.startswith("net") and "count" not in name

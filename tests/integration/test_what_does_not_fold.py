@@ -1,4 +1,4 @@
-"""What the full model has beside its weights comes with its checkpoint, and back from workers (contract 15)."""
+"""State of the full model beside its weights is in its checkpoint, and comes back from workers (contract 15)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class Tanh(nn.Tanh):
-    """Ends the branches of blocks: no scale folds into it."""
+    """An activation that ends a block's branch, so no scale folds into it."""
 
 
 class Odd(Classifier):
-    """Its blocks are scaled by hooks."""
+    """A network whose blocks are scaled by hooks."""
 
     def __init__(self, kind: str = "preact") -> None:
         super().__init__(kind=kind)
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(worker: int, folder: str) -> dict[str, Any]:
-    """Of each method the metrics of the full model: in ``fit``, of the module after it, and in other loops."""
+    """For each method, losses of the full model: in ``fit``, of the module after it, and in other loops."""
     found = {}
     for name, options in METHODS.items():
         module = Odd(kind_of(name))
@@ -80,7 +80,7 @@ def test_the_module_in_hand_evaluates_to_what_was_reported(reported: dict[str, f
 
 
 def evaluated(worker: int, folder: str, workers: int) -> dict[str, tuple[float, float]]:
-    """Of each checkpoint, in a new process: the loss that ``test`` reports, and that of what ``predict`` gives."""
+    """For each checkpoint, in a new process: the loss from ``test``, and that of the outputs of ``predict``."""
     found = {}
     for name, options in METHODS.items():
         trainer, module = make_trainer(make_strategy(**options)), Odd(kind_of(name))
@@ -117,7 +117,7 @@ class Loaders(Odd):
 
 
 def forked(_: int, folder: str) -> list[float]:
-    """The reported loss, and that of the module in the main process, before and after a test of other weights there."""
+    """The reported loss, and that of the module in the main process, before and after testing a checkpoint there."""
     as_a_main_process()
     trainer = make_trainer(make_strategy(start_method="fork"), max_epochs=1, devices=2)
     module = Loaders()

@@ -1,4 +1,4 @@
-"""Whatever happens to one worker, the others end with an error that names it, and nobody is left behind."""
+"""Whatever happens to one worker, the others end with an error that names it, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def assert_lost(outcome: Outcome, worker: int, how: str, folder: Path) -> None:
     assert isinstance(outcome.error, WorkerLost), outcome
     said = str(outcome.error)
     assert re.match(NAME.format(worker) + how, said), said
-    # Its last heartbeat may be some steps old: such small ones take less time than there is between two heartbeats.
+    # The last heartbeat may be some steps old, as such small steps are shorter than the time between heartbeats.
     assert re.search(r"(last doing:|still in) [a-z -]+, round (19|20), local step \d", said), said
     assert said.endswith(f"Resume with Trainer.fit(..., ckpt_path='{folder}/last.ckpt').")
 
@@ -83,7 +83,7 @@ def test_a_worker_that_hangs_is_named_and_ended(tmp_path: Path) -> None:
 
 
 def running(folder: Path) -> list[int]:
-    """The workers that still run; one that is stopped counts."""
+    """Pids of the workers that still run, or are stopped."""
     found = []
     for path in folder.glob("pid*"):
         with suppress(OSError):
@@ -94,7 +94,7 @@ def running(folder: Path) -> list[int]:
 
 
 def run_script(folder: Path, what: str, doomed: int) -> str:
-    """Run the script until none of its workers is left; returns what it printed."""
+    """Run the script until none of its workers is left; returns its output."""
     outcomes = run_workers_to_the_end(be_script, 2, str(folder), what, str(doomed), timeout=PATIENCE_SECONDS)
     assert outcomes[1].value == [], outcomes
     return (folder / "output").read_text()
@@ -111,7 +111,7 @@ def be_script(number: int, folder: str, *harm: str) -> list[int]:
 
 
 def witness(folder: Path) -> list[int]:
-    """The workers of a main process that do not end; ``run_workers_to_the_end`` kills all of them at its own end."""
+    """Wait for a main process's workers; returns those left, which ``run_workers_to_the_end`` would kill at its end."""
     deadline = time.monotonic() + PATIENCE_SECONDS / 2
     while (len(list(folder.glob("pid*"))) < 2 or running(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -165,8 +165,8 @@ def test_sigterm_to_a_main_process_and_its_forked_workers_leaves_a_checkpoint(tm
 
 def fork(_: int, harm: str, how: str, folder: str) -> None:
     as_a_main_process()
-    processes.ENDING_SECONDS = 2.0  # which a frozen worker does not use
-    # What worker 0 said of it, or the main process.
+    processes.ENDING_SECONDS = 2.0  # a frozen worker does not use this time
+    # The error of worker 0, or of the main process.
     with pytest.raises((WorkerLost, ProcessRaisedException), match=NAME.format(1) + how):
         dying.train(harm, 1, folder, "fork")
 

@@ -1,4 +1,4 @@
-"""What import-linter cannot say of the package: who talks, and how long a file or a function may be."""
+"""Rules that import-linter cannot express: files that communicate, and lengths of files and functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package imports what pyproject.toml declares, and no less; CITATION.cff is of the same version."""
+"""The package imports exactly the dependencies in pyproject.toml; CITATION.cff has the same version."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path for folder in ("resist_lightning", "hydra_plugins") for path in (ROOT / folder).rglob("*.py"))
 EXTRAS = {"resist_lightning/strategies/ray.py": "ray"}  # modules that the package does not import, and their extra
-WHEN_IT_DRAWS = {"matplotlib"}  # imported within functions, whose error says what to install
+WHEN_IT_DRAWS = {"matplotlib"}  # imported within functions, with an error that says how to install it
 
 
 def project() -> dict[str, Any]:
@@ -30,7 +30,7 @@ def project() -> dict[str, Any]:
 
 
 def declared() -> set[str]:
-    """Top-level modules of the dependencies, which have the names of their distributions."""
+    """Top-level modules of the dependencies, named like their distributions."""
     return {Requirement(text).name.replace("-", "_") for text in project()["dependencies"]}
 
 

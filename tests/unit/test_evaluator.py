@@ -25,12 +25,12 @@ from resist_lightning.errors import CheckpointError
 from resist_lightning.evaluator import CheckpointEvaluator, Evaluation, hash_weights
 from tests.helpers.trainers import QUIET
 
-STEPS = 4  # of an epoch
+STEPS = 4  # in an epoch
 BATCHES: Any = DataLoader([torch.ones(1, 1)] * STEPS, batch_size=None)  # type: ignore[arg-type]
 
 
 class Line(L.LightningModule):
-    """Its one weight grows by one in each step; the distance to five is evaluated."""
+    """A module whose only weight grows by one in each step; its distance to five is evaluated."""
 
     def __init__(self, size: int = 1) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_each_model_is_evaluated_once_and_logged_where_it_was_saved(folder: Path
         (step, {"val/far": abs(step - 5)}) for step in (2, 4, 6, 8)
     ]
     assert logger.seen == [(2, 3.0), (4, 1.0), (6, 1.0), (8, 3.0)]
-    assert model.places[::STEPS] == [(2, 0), (4, 0), (6, 1), (8, 1)]  # what the module asks for
+    assert model.places[::STEPS] == [(2, 0), (4, 0), (6, 1), (8, 1)]  # the step and epoch that the module reads
     assert sorted(path.name for path in folder.glob("*.ckpt")) == [
         "last.ckpt", "step=2.ckpt", "step=4.ckpt", "step=6.ckpt", "step=8.ckpt",
     ]  # fmt: skip
@@ -105,7 +105,7 @@ def test_each_model_is_evaluated_once_and_logged_where_it_was_saved(folder: Path
 
 def test_the_best_is_kept_whatever_the_training_removes(folder: Path) -> None:
     found = follow(folder)
-    assert [each.best for each in found] == [True, True, False, False]  # the first of two that are as good
+    assert [each.best for each in found] == [True, True, False, False]  # the first of two equally good ones
     assert [each.best for each in follow(folder, out=folder / "far", mode="max")] == [True, False, False, False]
     for path in folder.glob("*.ckpt"):
         path.unlink()
@@ -120,7 +120,7 @@ def test_the_best_is_known_again_where_its_row_could_not_be_written(
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for step in (2, 6, 8):  # 4 is the best of them
+    for step in (2, 6, 8):  # 4 would be the best
         (folder / f"step={step}.ckpt").rename(folder / f"{step}.later")
     (folder / "last.ckpt").unlink()
     with monkeypatch.context() as patched:
@@ -138,7 +138,7 @@ def test_the_best_is_known_again_where_its_row_could_not_be_written(
 
 
 def test_it_goes_on_where_it_was(folder: Path) -> None:
-    """Killed between two evaluations: the rows say what was done, and what was the best."""
+    """Killed between two evaluations: the rows tell the finished ones, and the best."""
     later = [folder / f"{name}.ckpt" for name in ("step=6", "step=8", "last")]
     for path in later:
         path.rename(path.with_suffix(".away"))
@@ -155,7 +155,7 @@ def test_it_goes_on_where_it_was(folder: Path) -> None:
 
 
 def test_files_that_are_written_replaced_and_damaged_while_it_looks(folder: Path, tmp_path: Path) -> None:
-    """A half file is waited for, a damaged one is named, and the end comes only when all are looked at."""
+    """It waits for a partial file, names a damaged one, and ends only when all have been examined."""
     whole = (folder / "step=8.ckpt").read_bytes()
     (folder / END_MARKER).unlink()
     (folder / "last.ckpt").unlink()

@@ -1,4 +1,4 @@
-"""What is told of a network before anything trains."""
+"""The description of a network before anything trains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.nets import MlpBlock, Undeclared, mlp, on_meta, small_preact
 
 
 class Folding(nn.Module):
-    """A residual block of a kind that nobody knows, whose branch ends in a linear layer."""
+    """A residual block of an unknown class, whose branch ends in a linear layer."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Folding(nn.Module):
 
 
 class Plain(nn.Module):
-    """No residual block, though it looks like one."""
+    """A block that is not residual, though it looks so."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Plain(nn.Module):
 
 
 class Deep(nn.Module):
-    """Two stages of different widths."""
+    """A network of two stages of different widths."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The page of versions: a run replaces its row, and the oldest and the newest torch that are allowed have one."""
+"""The page of versions: a run replaces its row, and the oldest and the newest supported torch have one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROW = Row("3.10.13", "2.10.0+cpu", "2.5.0", 700, 3, 0, 81, "2026-11-28", "")
 def test_a_page_is_read_as_it_was_written() -> None:
     rows = [ROW, replace(ROW, torch="2.9.1", failed=2, failures="`test_a::test_b`, `test_c::test_d`")]
     page = written(reversed(rows))
-    assert read(page) == rows  # by numbers: 2.10 is newer than 2.9
+    assert read(page) == rows  # in numeric order: 2.10 is newer than 2.9
     assert page.startswith("# Versions")
 
 

@@ -1,4 +1,4 @@
-"""Networks of the zoo that AuxNet cuts, and for which it has auxiliary networks, without settings."""
+"""Networks of the zoo that AuxNet cuts by default, with default auxiliary networks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_TRACED = ["transformers ViT", "transformers GPT-2 (tied)", "transformers Lla
 
 
 def check(network: nn.Module, x: Tensor) -> StageLayout:
-    """Stages in a row are the network, and every boundary has an auxiliary network that trains."""
+    """Check that stages in sequence are the network, and that the boundary has an auxiliary network."""
     layout = StageLayout(network, StageConfig(method="al-net"), 2)
     layout.prepare(x, SoloCollective())
     assert layout.chain is not None
@@ -35,7 +35,7 @@ def check(network: nn.Module, x: Tensor) -> StageLayout:
     assert multiplier is not None
     assert guess.shape == multiplier.shape == (len(x), *boundary)
 
-    # In training, which is what stages are for: stochastic depth draws the same.
+    # In training mode, as stages train: stochastic depth draws the same.
     torch.manual_seed(1)
     made = x
     for worker in range(2):

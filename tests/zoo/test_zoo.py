@@ -17,7 +17,7 @@ from tests.helpers.zoo_run import Found, examine
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the processes: a sum in another order may round otherwise."""
+    """Use one thread, as the processes do: a sum in another order may round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +32,7 @@ def check(name: str, found: Found) -> None:
     assert found.difference < 1e-5, (found.reported, found.plain)
     wrong = abs(found.unscaled - found.plain)
     assert wrong > 100 * abs(found.reported - found.plain), "the loss does not tell whether the scale is folded"
-    # Where rounding errors grow, the simulator differs from itself as much.
+    # Where rounding errors grow, two runs of the simulator differ as much.
     limit = 1e-2 if name in networks.SENSITIVE else 1e-4
     assert found.unlike < limit, "processes train something else than the simulator"
     assert found.resumed, "the training from a checkpoint in mid-round gave other bits"

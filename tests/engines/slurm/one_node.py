@@ -21,7 +21,7 @@ from pathlib import Path
 
 INSTALL = "apt-get install --yes --no-install-recommends slurm-wlm munge"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
-CPUS = 4  # whatever the machine has: the tasks of tests wait most of the time
+CPUS = 4  # regardless of the machine: the tasks of tests wait most of the time
 
 _PATIENCE_SECONDS = 60
 _POLL_SECONDS = 0.2
@@ -58,30 +58,30 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 @dataclass
 class Cluster:
-    """A cluster that runs. Its commands are asked with ``SLURM_CONF`` in the environment."""
+    """A running cluster. Its commands need ``SLURM_CONF`` in the environment."""
 
     folder: Path
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of its commands."""
+        """The environment for its commands."""
         return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def ask(self, *command: str, folder: Path | None = None) -> str:
-        """What a command such as ``squeue`` prints; it must succeed."""
+        """Run a command such as ``squeue``, which must succeed; returns its output."""
         done = subprocess.run(command, env=self.variables, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What the cluster knows of a job: ``JobState``, ``Restarts``, ``ExitCode`` and more."""
+        """The fields of a job: ``JobState``, ``Restarts``, ``ExitCode`` and more."""
         words = self.ask("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def await_end(self, number: str, seconds: float) -> dict[str, str]:
-        """Wait for the end of a job. One that was requeued starts at once, and with more time.
+        """Wait for the end of a job; a requeued one starts at once, with more time.
 
-        SLURM would hold it back for two minutes. A busy machine may need so long to start Python that a short limit
+        SLURM would delay it by two minutes. A busy machine may take so long to start Python that a short limit
         would signal it before it trains.
         """
         deadline = time.monotonic() + seconds
@@ -100,7 +100,7 @@ def one_node(folder: Path) -> Iterator[Cluster]:
     """A cluster whose files are in ``folder``, for as long as the context lasts.
 
     Raises:
-        RuntimeError: if a server does not start, with the end of what it wrote.
+        RuntimeError: if a server does not start, with the end of its output.
     """
     host = socket.gethostname().partition(".")[0]
     controller, daemon = _free_ports(2)
@@ -113,7 +113,7 @@ def one_node(folder: Path) -> Iterator[Cluster]:
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "log", "pid", "seed")]
     cluster = Cluster(folder)
     with ExitStack() as servers:
-        # By force: the folder may be closed to other users, who have no business here.
+        # By force: munged insists on a folder that other users can enter, and this one may be closed to them.
         munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files]
         servers.enter_context(_server(cluster, munged, (folder / "munge.socket").exists))
         servers.enter_context(_server(cluster, ["slurmctld", "-D", "-f", str(config)], lambda: _state(cluster) != ""))
@@ -131,7 +131,7 @@ def one_node(folder: Path) -> Iterator[Cluster]:
 
 @contextmanager
 def _server(cluster: Cluster, command: list[str], ready: Callable[[], bool]) -> Iterator[None]:
-    """A server in the foreground, which is ended with the context."""
+    """Run a server in the foreground; it is ended with the context."""
     log = cluster.folder / f"{command[0]}.out"
     with log.open("w") as output:
         # A session of its own: a Ctrl-C must not end the servers before their jobs.
@@ -146,7 +146,7 @@ def _server(cluster: Cluster, command: list[str], ready: Callable[[], bool]) -> 
 
 
 def _state(cluster: Cluster) -> str:
-    """The state of the node; empty where nobody answers."""
+    """The state of the node; empty without an answer."""
     asked = subprocess.run(
         ["sinfo", "--noheader", "--format=%T"], env=cluster.variables, capture_output=True, text=True, check=False
     )
@@ -158,7 +158,7 @@ def _jobs(cluster: Cluster) -> str:
 
 
 def _await(condition: Callable[[], bool]) -> bool:
-    """Whether a condition has come true in time."""
+    """Wait for a condition; returns whether it came true in time."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not condition():
         if time.monotonic() > deadline:
@@ -168,7 +168,7 @@ def _await(condition: Callable[[], bool]) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Ports on which nothing listens."""
     probes = [socket.create_server(("", 0)) for _ in range(count)]
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:

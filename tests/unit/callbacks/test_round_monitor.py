@@ -1,4 +1,4 @@
-"""RoundMonitor's arguments; what it reports is tested by ``tests/integration/test_round_monitor.py``."""
+"""RoundMonitor's arguments; its reports are tested by ``tests/integration/test_round_monitor.py``."""
 
 from __future__ import annotations
 

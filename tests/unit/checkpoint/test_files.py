@@ -46,7 +46,7 @@ def test_one_wrong_bit_anywhere_is_found(position: int, tmp_path: Path) -> None:
         read_sealed(path)
 
 
-# The seal of a model's file.
+# The seal of a model file.
 
 
 def sealed(path: Path) -> bytes:
@@ -111,7 +111,7 @@ def test_a_disk_that_refuses_names_the_file(tmp_path: Path, monkeypatch: pytest.
 
 
 class Breaks:
-    """Fails when it is written."""
+    """An object that fails when it is written."""
 
     def __reduce__(self) -> str:
         raise OSError(28, "No space left on device")
@@ -164,7 +164,7 @@ def test_a_folder_and_a_missing_file_are_explained(tmp_path: Path) -> None:
 
 
 class Meets:
-    """Pickled only when another one is being pickled, too."""
+    """Pickled only while another one is being pickled, too."""
 
     def __init__(self, barrier: threading.Barrier) -> None:
         self.barrier = barrier

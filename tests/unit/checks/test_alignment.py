@@ -12,9 +12,9 @@ from resist_lightning.checks.alignment import Alignment
 
 
 def measured(own: Tensor, mean: Tensor) -> dict[str, float]:
-    """After a round that began with ones and ended with own changes, whose mean over the workers is ``mean``."""
+    """The measures after a round from ones, with ``own`` changes whose mean over the workers is ``mean``."""
     alignment = Alignment()
-    assert alignment.measure([torch.ones(3)]) == {}  # nobody saw the round before
+    assert alignment.measure([torch.ones(3)]) == {}  # the round before was not seen
     alignment.end([torch.ones(3) + own])
     return alignment.measure([torch.ones(3) + mean])
 
@@ -53,7 +53,7 @@ def test_a_round_that_was_not_seen_whole_is_left_out_and_the_next_is_measured() 
 def test_of_large_tensors_one_entry_in_64_counts() -> None:
     begun, own, mean = torch.zeros(8192), torch.zeros(8192), torch.zeros(8192)
     own[0], mean[0] = 1, 1
-    own[1:64], mean[1:64] = 7, -7  # not looked at
+    own[1:64], mean[1:64] = 7, -7  # not sampled
     alignment = Alignment()
     alignment.measure([begun])
     alignment.end([own])

@@ -1,4 +1,4 @@
-"""What a worker finds on itself before a handshake, and what all make of the numbers of all."""
+"""A worker's numbers about itself before a handshake, and all workers' verdict on the numbers of all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLOCK = Clock(50, round=3, step=50)
 
 
 def judged(collective, spoil, policy, note=None):
-    """What a worker says and does after it has spoilt its model in its own way."""
+    """A worker's error, or left-out workers and warnings, after ``spoil`` has changed its model."""
     net = small_preact()
     divergence = DivergenceChecks(
         BlockLayout(net, Config(min_blocks=1, non_finite=policy), collective.workers), collective
@@ -99,7 +99,7 @@ def set_head(value):
     [
         (lambda net: None, False),
         (set_head(torch.nan), True),
-        (set_head(3e38), False),  # its sum is infinite, itself it is not
+        (set_head(3e38), False),  # the sum is infinite, the tensor is not
         (lambda net: net.head.weight.requires_grad_(False).fill_(torch.nan), False),  # it is not averaged
         (lambda net: net.section1[0].bn1.running_mean.fill_(torch.nan), True),
         (lambda net: net.section1[0].bn1.num_batches_tracked.fill_(-1), False),

@@ -1,4 +1,4 @@
-"""What a worker says of itself: each thing that matters changes its fingerprint, and nothing else does."""
+"""A worker's description of its environment: every relevant item changes its fingerprint, and nothing else does."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def channels_last(net):
 
 
 def swap_order(net):
-    """The same names in another order."""
+    """Put the same names in another order."""
     head = net.head
     del net.head
     net._modules = {"head": head, **net._modules}

@@ -1,4 +1,4 @@
-"""How workers that were started differently, or hold unequal tensors, are told apart."""
+"""Fingerprints of workers that were started differently, or hold unequal tensors, differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes to frozen tensors are found, whichever way they are made; ``tests/distributed/test_teachers.py`` trains so."""
+"""All kinds of writes to frozen tensors are found; ``tests/distributed/test_teachers.py`` trains with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def noted(module: nn.Module, workers: int = 2) -> FrozenTensors:
 
 
 def change_one_entry(weight: Tensor) -> None:
-    weight.view(-1)[100] += 1  # no sample of 16 entries in 1024 has it
+    weight.view(-1)[100] += 1  # an entry that is in no sample of 16 in 1024
 
 
 def write_the_same(weight: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Contract 12: a sync begins with a handshake; its numbers reach everyone, its disagreements too."""
+"""Contract 12: a sync begins with a handshake; its numbers reach all workers, disagreements too."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def meet_in_a_round(collective, rule, rates):
 @pytest.mark.parametrize(
     ("rule", "rates", "times"),
     [
-        (QSR(2, 0.1), [0.01, 0.02, 0.03, 0.02], 1),  # once, though twice too long
+        (QSR(2, 0.1), [0.01, 0.02, 0.03, 0.02], 1),  # one warning, though two rounds are too long
         (QSR(2, 0.1), [0.03, 0.02, 0.01], 0),
         (QSR(2, 0.1, warmup_steps=3), [0.01, 0.02, 0.03, 0.02], 0),
         (PostLocal(2, 3, 1), [0.01, 0.02, 0.03], 0),

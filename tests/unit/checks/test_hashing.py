@@ -1,4 +1,4 @@
-"""Hashes see every bit and every place; samples see every entry in the end."""
+"""Hashes depend on every bit and its place; samples cover every entry in the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract 12: what the workers compare before they mix weights, and how they say what differs."""
+"""Contract 12: comparisons of the workers before they mix weights, and the messages about differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work in another thread, and its errors."""
+"""Background work in another thread, and its errors."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_a_bucket_knows_its_tensors():
 
 
 def test_tensors_are_aligned_as_their_sizes_allow_without_padding():
-    """A gain of one number, as in ReZero and NFNets, or ten classes had shifted all weights behind it by 4 bytes."""
+    """A gain of one number, as in ReZero and NFNets, or ten classes shifted all weights after it by 4 bytes."""
     sizes = [1, 64, 10, 128, 3, 4, 20]
     tensors = [torch.full((size,), float(size)) for size in sizes]
     bucket = Bucket(tensors, CPU)
@@ -97,7 +97,7 @@ def test_afterwards_every_tensor_has_memory_of_its_own():
 
 
 def test_only_what_cannot_live_in_the_buffer_is_copied():
-    """Weights of an LSTM share one memory on GPUs, which cuDNN reads: up to now nothing of their data type moved in."""
+    """An LSTM's weights share one memory on GPUs, for cuDNN, which kept all of their data type out of the buffer."""
     flattened = torch.arange(6.0)
     weights = [nn.Parameter(flattened[:4].view(2, 2)), nn.Parameter(flattened[4:])]
     tied = nn.Parameter(torch.ones(3))

@@ -1,4 +1,4 @@
-"""Bytes by closed form: section 5 of the design with our networks and plans."""
+"""Bytes in closed form: section 5 of the design, with our networks and plans."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MB = 10**6
 
 
 def paper_network(num_classes):
-    """The network of Table 1, without memory; no running statistics, so that its bytes are its parameters."""
+    """The network of Table 1, without memory; without running statistics, so that its bytes are its parameters'."""
     with torch.device("meta"):
         return preact_resnet(101, num_classes=num_classes, track_running_stats=False)
 
@@ -137,7 +137,7 @@ def test_each_worker_pays_for_what_it_sends_itself():
 
 @given(two_partitions(), st.integers(0, 2**31), st.integers(1, 10**5))
 def test_a_velocity_goes_to_those_who_take_the_next_outer_step(partitions, seed, velocity):
-    """To the next owner, or to all workers where the block is averaged; to nobody who has it already."""
+    """To the next owner, or to all workers if the block is averaged; to no worker that has it already."""
     before, after = partitions
     workers, blocks = before.workers, before.blocks
     later = draw_partition(blocks, workers, 0, seed, 0)
@@ -153,7 +153,7 @@ def test_a_velocity_goes_to_those_who_take_the_next_outer_step(partitions, seed,
             sent[plan.owner[block]] += velocity * (workers - 1 if everywhere else 1)
     rows = sync_bytes(plan, sizes, workers, following)
     assert [row["outer"] for row in rows] == [sent[worker] for worker in range(workers)]
-    # Beside the block: it costs no message.
+    # Beside the block, so it costs no message.
     assert set(plan_outer(plan, following, workers)) <= set(plan.hand_over)
 
 

@@ -1,4 +1,4 @@
-"""One worker alone sends nothing; the collective of several is tested in ``tests/distributed``."""
+"""A single worker sends nothing; the collective of several is tested in ``tests/distributed``."""
 
 from __future__ import annotations
 

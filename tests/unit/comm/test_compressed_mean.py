@@ -1,4 +1,4 @@
-"""What comes of a mean in fewer bits: what was there before, and the mean of the changes as they were sent."""
+"""A mean in fewer bits is the value before the round plus the mean of the changes as sent."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ENTRIES = MATRICES + 1 + 700
 def start():
     noise = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=noise) for shape in SHAPES]
-    # One whose entries do not lie in their order in memory.
+    # A tensor whose entries are not in memory order.
     tensors[4] = tensors[4].to(memory_format=torch.channels_last)
     return tensors
 
 
 def in_order(tensors):
-    """In the order of a message: matrices, then vectors."""
+    """Tensors in the order of a message: matrices, then vectors."""
     return [tensor for tensor in tensors if tensor.dim() > 1] + [tensor for tensor in tensors if tensor.dim() < 2]
 
 
@@ -40,7 +40,7 @@ def trained(worker):
 
 
 def change_of(worker):
-    """Flat, in the order of a message."""
+    """A worker's change, flat, in the order of a message."""
     pairs = zip(in_order(trained(worker)), in_order(start()), strict=True)
     return torch.cat([(now - then).flatten() for now, then in pairs])
 
@@ -107,7 +107,7 @@ def test_a_second_round_remembers_in_the_memory_of_the_first_and_counts_from_its
 
 
 def rounds_of(collective, rounds, left_out, resume_at):
-    """Train the same in each round; what comes, and what rounding has taken from the matrix in the end."""
+    """Make the same change in each round; returns the tensors, and the first one's rounding remainder at the end."""
     tensors = start()
     means = [CompressedMean(collective, make_quantizer("int2")) for _ in range(2)]
     mean = means[0]
@@ -124,7 +124,7 @@ def rounds_of(collective, rounds, left_out, resume_at):
 
 
 def test_what_rounding_takes_comes_with_later_means():
-    """After many rounds of the same changes all of them have arrived, but for what the last rounds still owe."""
+    """After many rounds of the same changes all have arrived, but for the remainders of the last rounds."""
     rounds, workers = 60, 3
     change = sum(change_of(worker) for worker in range(workers)) / workers
     told, _ = run_threads(rounds_of, workers, rounds, (), None)
@@ -140,7 +140,7 @@ def test_what_rounding_takes_comes_with_later_means():
 
 @pytest.mark.parametrize("left_out", [(), (1,)])
 def test_two_bits_by_hand_and_resumed(left_out):
-    """Matrices in two bits, with what rounding took before; vectors exactly, added up in the order of the workers."""
+    """Matrices in two bits, with earlier rounding remainders; vectors exactly, added up in the workers' order."""
     wire, workers, rounds = make_quantizer("int2"), 3, 5
     form = wire.format
     tensors, taken = start(), [torch.zeros(MATRICES) for _ in range(workers)]
@@ -152,7 +152,7 @@ def test_two_bits_by_hand_and_resumed(left_out):
                 sent.append(torch.zeros(MATRICES))
                 exact.append(torch.zeros(ENTRIES - MATRICES))
                 continue
-            # The difference of two sums, as a worker sees it.
+            # The difference of two sums, as a worker computes it.
             moved = [t + (goal - origin) - t for t, goal, origin in zip(tensors, trained(worker), start(), strict=True)]
             change = torch.cat([t.flatten() for t in in_order(moved)])
             exact.append(change[MATRICES:])

@@ -23,7 +23,7 @@ SHAPES = ((2, 3), (4,), ())
 
 
 def trained(worker, block):
-    """What a worker has of a block: two float32, one float64, two integers and a flag; all exact in any mean of 6."""
+    """A worker's tensors of a block: three float32, a float64, an int64 and a bool; exact in any mean of up to 6."""
     number = 60.0 * (worker + 1) + 7 * block
     floats = [torch.full(shape, number + index) for index, shape in enumerate(SHAPES)]
     return [
@@ -45,7 +45,7 @@ def empty_like(tensors):
 
 
 def sync_one(collective, before, after, with_state):
-    """One worker's side of a sync of ``before`` to ``after``; what it then has of each block that it holds."""
+    """A worker's part in a sync from ``before`` to ``after``; returns its tensors of each block that it then holds."""
     me = collective.worker
     plan = plan_sync(before, after)
     has = {block: trained(me, block) for block in before.held[me]}
@@ -119,7 +119,7 @@ def test_bytes_are_counted_where_they_are_sent_and_by_kind(partitions):
 
 
 class Listening(SoloCollective):
-    """Worker 0 of three; remembers what it was asked to say."""
+    """Worker 0 of three; remembers the messages that it should send or receive."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ def test_one_flat_buffer_per_pair_and_data_type_however_many_tensors():
     pairs = {(t.source, t.target) for t in plan.merge if 0 in (t.source, t.target)}
     assert len(messages) == len(pairs) == 4
     for _, peer, flats in messages:
-        blocks = 2  # of six, each worker owns two
+        blocks = 2  # each worker owns two of six
         assert peer in (1, 2)
         assert flats == [
             (torch.bool, 2 * blocks, 1),
@@ -222,11 +222,11 @@ def average_in_a_buffer(collective):
 def test_tensors_that_share_their_memory_are_averaged_with_those_in_the_buffer():
     for memory, alone, said in run_threads(average_in_a_buffer, 3)[0]:
         assert (memory, alone) == ([1.0] * 6, [10.0] * 3)
-        assert len(said) == 3  # one all-reduce of each worker
+        assert len(said) == 3  # one all-reduce per worker
 
 
 def merge_equal(collective):
-    """All three hold the same number, which no mean of three may round."""
+    """Merge a block that is equal on all three holders, whose mean must not be rounded."""
     tensor = torch.tensor([0.1, 1e-30, 3.3333333, -7e20])
     before, after = everything(1, 3), draw_partition(1, 3, 0, 0, 0)
     has = {0: [tensor.clone()]}

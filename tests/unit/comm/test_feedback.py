@@ -1,4 +1,4 @@
-"""What rounding has taken stays with its tensor, whatever else is averaged."""
+"""A rounding remainder stays with its tensor, whatever else is averaged."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_workers_that_do_not_find_one_another_are_told_what_to_look_at(monkeypat
 
 
 class Stuck:
-    """A group whose abort does not return, as where its kernel waits for that of another group."""
+    """A group whose abort does not return before those of others, as if its kernel waited for theirs."""
 
     def __init__(self, others):
         self.others, self.aborted = others, threading.Event()

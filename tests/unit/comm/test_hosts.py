@@ -1,4 +1,4 @@
-"""Whether hosts can reach one another, judged from what their processes say; real hosts: tests/integration."""
+"""Whether hosts can reach one another, judged from their processes' reports; real hosts: tests/integration."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_a_problem_of_one_process_is_told_to_all_first() -> None:
     [
         ("GLOO_SOCKET_IFNAME", "lo", ""),
         ("GLOO_SOCKET_IFNAME", "lo,eth7", "names 'eth7', and there is no such interface"),
-        ("GLOO_SOCKET_IFNAME", "l", "names 'l'"),  # gloo wants the whole name
-        ("NCCL_SOCKET_IFNAME", "l", ""),  # the beginning of one
+        ("GLOO_SOCKET_IFNAME", "l", "names 'l'"),  # gloo needs the full name
+        ("NCCL_SOCKET_IFNAME", "l", ""),  # NCCL accepts a prefix
         ("NCCL_SOCKET_IFNAME", "=l", "leaves no interface"),
         ("NCCL_SOCKET_IFNAME", "=lo", ""),
         ("NCCL_SOCKET_IFNAME", "eth7,ib", "leaves no interface"),
@@ -85,7 +85,7 @@ def test_the_variable_must_name_an_interface_of_the_host(
         assert found.problem.startswith(f"{variable}={value} ")
         assert socket.gethostname() in found.problem
     else:
-        assert this_place({}, nccl=False).address  # that of the own name, or the loopback
+        assert this_place({}, nccl=False).address  # the address of the host's own name, or the loopback
 
 
 def test_the_other_backends_variable_is_not_read() -> None:

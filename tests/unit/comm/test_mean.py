@@ -1,4 +1,4 @@
-"""The mean over those workers that count."""
+"""The mean over the workers that are not left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes out of a wire in fewer bits, and what it costs."""
+"""Values after a wire of fewer bits, and the bytes of its messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def values(entries, seed=0, scale=1.0):
 
 
 def half_step(name, x):
-    """Largest error of rounding to the nearest, entry by entry, by hand."""
+    """Upper bound of the error of rounding to nearest, entry by entry, by hand."""
     if name == "bf16":
         return x.abs() * 2.0**-8
     groups = torch.nn.functional.pad(x, (0, -len(x) % 256)).view(-1, 256)
@@ -49,7 +49,7 @@ def test_rounding_at_random_errs_by_less_than_a_step_and_is_right_on_average(nam
     step = 2 * half_step(name, x)
     assert bool(((seen - x).abs() <= step * (1 + 1e-4)).all())
     mean_error = (seen.double().mean(0) - x).abs() / step
-    assert mean_error.max() < 0.5 / 2000**0.5 * 5  # five standard errors of a coin that decides
+    assert mean_error.max() < 0.5 / 2000**0.5 * 5  # five standard errors of a fair coin
     assert seen.std(0).max() > 0
 
 
@@ -104,7 +104,7 @@ def test_two_bits_are_four_values_of_which_each_is_half_a_step_off_at_most_but_f
         known = torch.tensor([-1.5, -0.5, 0.5, 1.5]) * step
         error = (x[group] - y[group]).abs()
         assert bool((error <= (x[group, None] - known).abs().amin(1) * (1 + 1e-4) + 1e-9).all())
-        # What numbers of a normal distribution lose to four values at equal distances at best: 0.119 of their square.
+        # The least loss of normally distributed numbers with four equidistant values: 0.119 of their square.
         assert error.square().mean() / step.square() < 0.14
     assert wire.through(torch.zeros(700)).tolist() == [0.0] * 700
 

@@ -1,4 +1,4 @@
-"""What processes tell one another through a store before their group is made; the processes are threads here."""
+"""Messages between processes through a store before their group is made; the processes are threads here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from resist_lightning.comm.rendezvous import HostsCannotMeet, await_store, check
 
 
 def compare(places: list[Place]) -> list[str]:
-    """What each process is told."""
+    """Each process's error message, or an empty string."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def tell(rank: int) -> str:
@@ -96,7 +96,7 @@ def test_a_store_that_is_served_already_must_answer_and_another_one_may_be_late(
     assert capfd.readouterr().err == ""
     await_store("127.0.0.1", port, node=1, served=False, by_torchrun=False)
     assert "Set MASTER_ADDR=ADDRESS on the first host" in capfd.readouterr().err
-    await_store("127.0.0.1", port, node=0, served=True, by_torchrun=True)  # the store's own host does not ask
+    await_store("127.0.0.1", port, node=0, served=True, by_torchrun=True)  # the store's own host needs no connection
 
 
 def test_processes_that_do_not_come_are_named(impatient: None, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The environments are those that SLURM 22.05 gave to a process; ``tests/engines/test_slurm.py`` asks the real one."""
+"""SLURM's variables, as set by version 22.05; ``tests/engines/test_slurm.py`` runs a real SLURM."""
 
 from __future__ import annotations
 

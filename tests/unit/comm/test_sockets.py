@@ -23,7 +23,7 @@ def test_connections_of_the_group_are_cut_and_nothing_else():
         assert cut.recv(1) == b""
         kept_end.sendall(b"!")
         assert kept.recv(1) == b"!"
-        again, again_end = connect(listener)  # the socket that listens still does
+        again, again_end = connect(listener)  # the listening socket still listens
         with recording_group():
             pass
         assert cut_connections() == 0
@@ -39,7 +39,7 @@ def test_a_forked_process_closes_them_and_nothing_else():
             ours, theirs = connect(listener)
         go, stay = os.pipe()
         pid = os.fork()
-        if pid == 0:  # holds what is left of them until the pipe is closed
+        if pid == 0:  # holds the remaining sockets until the pipe is closed
             os.close(stay)
             close_inherited()
             kept.sendall(b"child")

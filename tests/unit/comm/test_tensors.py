@@ -1,4 +1,4 @@
-"""Tensors that are not the usual ones, and tensors that take the place of others while a module trains."""
+"""Unusual tensors, and tensors that replace others while a module trains."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def batch(worker: int, step: int) -> Tensor:
 
 
 def train(collective: Any, template: nn.Module, config: Any, steps: int) -> tuple[nn.Module, Any]:
-    """What a forward of its own would do, since one that assigns cannot be traced for IST."""
+    """Train; the loop assigns the buffers, since a forward that does so cannot be traced for IST."""
     net = copy.deepcopy(template)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     with ONE_AT_A_TIME:
@@ -79,7 +79,7 @@ CONFIGS = {
 @pytest.mark.parametrize("steps", [2, 5])
 @pytest.mark.filterwarnings("ignore:.*does not fold")
 def test_a_buffer_that_is_assigned_anew_is_averaged(method, steps):
-    """Every round begins with the mean over the workers, here followed without any network."""
+    """Every round begins with the mean over the workers, computed here without a network."""
     nets, _ = run_threads(train, 2, Net(), CONFIGS[method], steps)
     means = [torch.zeros(3), torch.zeros(3)]
     for step in range(steps):
@@ -122,7 +122,7 @@ def another(net: nn.Module) -> None:
 )
 @pytest.mark.filterwarnings("ignore:.*does not fold")
 def test_what_takes_the_place_of_a_known_tensor_is_refused_by_name(method, change, message):
-    """Between the batches of a round, so that the next handshake finds it."""
+    """Replaced between the batches of a round, so that the next handshake finds it."""
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     engine = Engine(net, [optimizer], CONFIGS[method])

@@ -1,4 +1,4 @@
-"""Which backend of a group serves which device; what a collective sends is tested in ``tests/distributed``."""
+"""The backends of a group for each device; messages of a collective are tested in ``tests/distributed``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_numbers_are_sent_where_the_backend_of_the_module_s_device_takes_them(mo
 
 
 def group_of(monkeypatch, config, device, bound):
-    """A collective of a group that does not exist."""
+    """A collective without a real group."""
     group = SimpleNamespace(bound_device_id=torch.device(bound) if bound else None)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)

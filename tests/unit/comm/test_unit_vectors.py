@@ -1,4 +1,4 @@
-"""Spectral norm: the mean of unit vectors is made one again, in the sync, in what is observed, and in the simulator."""
+"""Spectral norm: the mean of unit vectors is made one again, in the sync, in observations, and in the simulator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole trainings whose workers talk by NCCL's rules; over gloo: ``tests/distributed/test_oracle.py``."""
+"""Whole trainings whose workers communicate by NCCL's rules; over gloo: ``tests/distributed/test_oracle.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine of one worker alone: plain training, counted, finished."""
+"""A single worker's engine: plain training, counting, and the end."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_no_local_step_is_taken_on_the_full_model():
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_step_before_the_start_or_after_the_end_says_so(finished):
-    """With ``start()`` forgotten, local SGD would average networks that never were equal, without a word."""
+    """Without ``start()``, local SGD would silently average networks that never were equal."""
     engine, _, _ = engine_for(Config(local_steps=1, blocks=[]))
     if finished:
         engine.start()

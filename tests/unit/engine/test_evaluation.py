@@ -1,4 +1,4 @@
-"""The full model while a run continues: what it computes, and that the training does not notice."""
+"""The full model during a run: its outputs, and that it does not affect the training."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_warm_up_scales_the_training_and_observing_scales_once():
     assert net(x).item() == pytest.approx(plain)
 
 
-NEURONS = ist.Run(NeuronConfig(), 0, "conv")  # batch norm behind the first convolution
+NEURONS = ist.Run(NeuronConfig(), 0, "conv")  # batch norm after the first convolution
 METHODS: dict[str, Any] = {
     "resist": Config(local_steps=2, min_blocks=1),
     "local_sgd": Config(local_steps=2, blocks=[], batch_norm="running"),
@@ -144,7 +144,7 @@ METHODS: dict[str, Any] = {
 
 @torch.inference_mode()
 def evaluate(engine: Engine, x: Tensor) -> Tensor:
-    """As a decorator often says."""
+    """Evaluate in inference mode by a decorator, as is common."""
     with engine.full_model() as full:
         logits: Tensor = full.eval()(x)
         full.train()
@@ -167,7 +167,7 @@ def evaluated(collective: Any, name: str, mode: str) -> tuple[dict[str, Tensor],
         if mode != "no evaluation":
             look = evaluate if mode == "inference mode" else torch.no_grad()(evaluate.__wrapped__)
             seen.append(look(engine, torch.ones(2, 3, 8, 8)))
-        for parameter in net.parameters():  # as a fine-tuning does
+        for parameter in net.parameters():  # as in fine-tuning
             parameter.requires_grad_(False).requires_grad_(True)
         engine.sync_if_due()
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Every step of an optimizer is seen: who forgets to count it is told, and a stranger's is refused."""
+"""Every optimizer step is seen: one that is not counted gives a warning, one of an unknown optimizer an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.threads import ThreadCollective, run_threads
 
 
 class Outer(torch.optim.SGD):
-    """Makes another optimizer in its first step, and lets it step."""
+    """Makes another optimizer in its first step, and steps that."""
 
     inner = None
 
@@ -47,7 +47,7 @@ def test_a_loop_without_after_step_is_told_and_ends_in_no_model():
     with pytest.warns(UserWarning, match=r"SGD took 4 steps.*engine\.after_step\(\)"):
         step(engine, optimizer)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is told once
+        warnings.simplefilter("error")  # only one warning
         for _ in range(4):
             step(engine, optimizer)
     with pytest.raises(RuntimeError, match=r"took 8 step\(s\), and no local step was counted"):
@@ -108,7 +108,7 @@ def test_batches_that_change_parameters_without_an_optimizer_are_refused():
     module = nn.Linear(2, 2)
     watch = StepWatch(module, engine_of()[0].states, Clock(3), alone=True)
     watch.begin()
-    for _ in range(11):  # gradients of four batches are added up
+    for _ in range(11):  # gradients of four batches accumulate
         watch.check_batch(accumulated=4)
         watch.check_batch(accumulated=4)
         write(module)

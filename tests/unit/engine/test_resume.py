@@ -1,4 +1,4 @@
-"""Resuming one worker alone; exact resumes of several are in ``tests/integration``."""
+"""Resuming a single worker; exact resumes of several are in ``tests/integration``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.training import (
 
 @pytest.mark.parametrize("scale", [None, 0.5, 0.3])
 def test_stopping_after_a_sync_and_going_on_is_as_not_stopping(scale):
-    """Contract 7 as far as it is the engine's: optimizer state is the host's to save, and here momentum restarts."""
+    """Contract 7, the engine's part: optimizer state is saved by the host, and here momentum restarts."""
     run = Run(Config(local_steps=3, test_scale=scale), steps=8)
     _, unbroken, _ = trained_engine(run, 8)
 
@@ -70,13 +70,13 @@ FULL = {"scale": 1.0, "blocks": [], "originals": {}, "norm_statistics": {}}
 @pytest.mark.parametrize(
     ("rule", "saved", "length", "before"),
     [
-        # As the checkpoint says, whatever the rate is now.
+        # The checkpoint's length, whatever the rate is now.
         (QSR(1, 0.1), {"local_steps": str(QSR(1, 0.1)), "steps_before": 9, "round_steps": 7}, 7, 9),
-        # Another rule decides from here on: (0.1 / 0.05)², and 3.
+        # A new rule applies from here on: (0.1 / 0.05)², and 3.
         (QSR(1, 0.1), {"local_steps": "7", "steps_before": 9, "round_steps": 7}, 4, 9),
         (3, {"local_steps": "7", "steps_before": 9, "round_steps": 7}, 3, 9),
         (PostLocal(1, 3, 9), {"local_steps": "7", "steps_before": 9, "round_steps": 7}, 3, 9),
-        # From before rounds could vary.
+        # A checkpoint from before rounds could vary.
         (3, {}, 3, 12),
         (PostLocal(2, 5, 8), {}, 5, 8),
     ],
@@ -96,7 +96,7 @@ def test_where_a_run_was_is_resumed_with_the_length_of_its_round(rule, saved, le
 
 
 def one_of_two(steps):
-    """The engine of one of two workers, for what is decided without the other: rounds of three, the last two whole."""
+    """The engine of one of two workers, for decisions without the other: rounds of three, the last two whole."""
     run = Run(Config(local_steps=3, min_blocks=1, finish_rounds=2), steps=0)
     model, collective = make_model(run), SoloCollective()
     collective.workers = 2
@@ -108,9 +108,9 @@ def one_of_two(steps):
     [
         *((round, 18, True) for round in range(6)),
         (1, 30, True),
-        (3, 30, False),  # round 4, which was whole, decides who keeps what in round 3
+        (3, 30, False),  # round 4, which was whole, decides what workers keep in round 3
         (4, 19, False),
-        (5, 19, True),  # it is the last but one now
+        (5, 19, True),  # now the last but one
         (5, 30, False),
     ],
 )

@@ -22,7 +22,7 @@ def detector_of(worker: int = 0, processes: list[Process] = PROCESSES) -> Failur
 def beats(
     detector: FailureDetector, seconds: int, start: int = 0, silent: tuple[int, ...] = (), **fields: object
 ) -> None:
-    """Everybody but ``silent`` posts a heartbeat each second, and the monitors among them a report."""
+    """All workers but ``silent`` post a heartbeat each second, and the monitors among them a report."""
     for second in range(start, start + seconds):
         detector.wake(second)
         heartbeat = Heartbeat(second + 1, **fields)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def test_a_verdict_that_a_monitor_publishes_is_everybodys() -> None:
     assert verdict is not None
     report = monitor.report(42, verdict)
 
-    for worker, frozen in ((1, 101), (2, 101)):  # only on its host it can be killed
+    for worker, frozen in ((1, 101), (2, 101)):  # it can be killed only on its own host
         detector = detector_of(worker)
         detector.hear({}, 42, {0: report})
         assert detector.judge(42, {}) == replace(verdict, frozen=frozen)
@@ -87,7 +87,7 @@ def test_a_monitor_that_is_frozen_is_named_by_the_other_one_within_the_same_time
     worker = detector_of(2)
     beats(worker, 10)
     beats(worker, 31, start=10, silent=(0,))
-    assert worker.judge(40, {}) is None  # it leaves that to the second monitor
+    assert worker.judge(40, {}) is None  # the second monitor decides this
     worker.hear({}, 41, {1: second.report(99, verdict)})
     assert worker.judge(41, {}) == verdict
 
@@ -105,7 +105,7 @@ def test_a_monitor_that_has_ended_in_good_order_is_not_missed() -> None:
     beats(worker, 40, start=1, silent=(0, 1))
     verdict = worker.judge(40, {})
     assert verdict is not None
-    assert verdict.worker == 1  # the one that is silent
+    assert verdict.worker == 1  # the silent one
     worker.hear({}, 41, {1: Report(2, end="done")})
     assert worker.judge(80, {}) != verdict
 
@@ -125,7 +125,7 @@ def test_a_store_that_does_not_answer_counts_as_lost_unless_the_workers_come_to_
     verdict = detector.judge(39, {})
     assert verdict is not None
     assert verdict.text.startswith("the store at alpha:1 has not answered for 35 s. Most likely lost: worker 0 (host")
-    # A stranger may have brought the store to a standstill; the training needs it no more.
+    # A stranger may have blocked the store, which the training no longer needs.
     detector.note_own(Heartbeat(6, round=1), 39)
     assert detector.judge(39, {}) is None
     assert detector.judge(39 + SILENCE + 1, {}) is not None
@@ -145,12 +145,12 @@ def test_what_strangers_write_in_a_workers_place_neither_makes_it_silent_nor_ali
     for second in range(10, 100):
         detector.hear({2: Heartbeat(second + 1)}, second, tampered={1})
     assert detector.judge(100, {}) is None
-    # An old line that somebody puts back again and again.
+    # An old line that a stranger writes again and again.
     for second in range(100, 200):
         detector.hear({1: Heartbeat(3), 2: Heartbeat(second + 1)}, second)
     assert detector.judge(200, {}) is None
     assert detector.heartbeats[1].beat == 10
-    # Its own last line, which stays: it is silent.
+    # The worker's last line, unchanged: it is silent.
     for second in range(200, 232):
         detector.hear({1: Heartbeat(10), 2: Heartbeat(second + 1)}, second)
     assert (detector.judge(232, {}) or Verdict("")).worker == 1

@@ -1,4 +1,4 @@
-"""Heartbeats in a store of this process; ``tests/distributed/test_watchdog.py`` has one that another process serves."""
+"""Heartbeats in a store of this process; in ``tests/distributed/test_watchdog.py`` another process serves it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_no_worker_has_posted_is_neither_believed_nor_missed(store: dist.Ha
         store.set(PLACE, line)
         assert first.read([1]) == Lines({}, {1: Report(1)}, tampered={1})
     store.set(PLACE, signed)
-    # The line of another place, a report for a heartbeat.
+    # A line from another key: a report in place of a heartbeat.
     store.set("resist_lightning/heartbeats/run/report/1", signed)
     assert first.read([1]) == Lines({1: Heartbeat(1)}, tampered={1})
     assert first.tampered_lines == 5
@@ -79,7 +79,7 @@ def test_a_later_run_reads_nothing_of_the_one_before() -> None:
 
 
 class Counting:
-    """A store that counts what is asked of it."""
+    """A store that counts requests and keys."""
 
     def __init__(self) -> None:
         self.lines: dict[str, bytes] = {}

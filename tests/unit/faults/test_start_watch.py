@@ -1,4 +1,4 @@
-"""A worker that ends while the others wait for it; ``tests/distributed/test_start.py`` has it with real workers."""
+"""A worker that ends while the others wait for it; with real workers in ``tests/distributed/test_start.py``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def wait_for_ever(server: dist.TCPStore) -> None:
 def test_a_worker_that_ends_is_named_and_those_that_wait_for_it_raise(
     server: dist.TCPStore, other: tuple[subprocess.Popen[bytes], Process]
 ) -> None:
-    # They waited until the timeout of the group, ten minutes.
+    # The others waited until the timeout of the group, ten minutes.
     child, process = other
     server.set(f"{PLACE}/0", to_line(process))
     watch = watch_of(server)
@@ -63,7 +63,7 @@ def test_a_worker_that_ends_is_named_and_those_that_wait_for_it_raise(
     assert watch.lost.startswith(f"worker 0 (host {process.host}, pid {child.pid}) has ended while the workers were")
     assert time.monotonic() - began < LONG.total_seconds() / 2
     assert not watch._thread.is_alive()
-    # Those on other hosts cannot see the process.
+    # Workers on other hosts cannot see the process.
     elsewhere = watch_of(server)
     elsewhere._own = replace(elsewhere._own, home="elsewhere")
     with pytest.raises(RuntimeError), elsewhere:

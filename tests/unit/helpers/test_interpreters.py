@@ -1,4 +1,4 @@
-"""Interpreters that are forks: to who starts them, and to their programs, they are as others."""
+"""Interpreters that are forks behave like others, for their parents and for their programs."""
 
 from __future__ import annotations
 
@@ -53,4 +53,4 @@ def test_programs_run_as_in_interpreters_of_their_own(tmp_path: Path) -> None:
     assert outer[0] == 5
     assert outer[2] == "said\nbelow\n"
     assert "['inner']" in outer[1]
-    assert another == b"5\n"  # which no file is given, a true one
+    assert another == b"5\n"  # a real interpreter, as it has no file

@@ -1,4 +1,4 @@
-"""The watch over the tests: each kind of leak is seen, and mended."""
+"""The leak detector: each kind of leak is found, and cleaned up."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_clean_body_passes(tmp_path):
         del os.environ["A_VARIABLE"]
         subprocess.run(["true"], check=True)
         thread = threading.Thread(target=time.sleep, args=(0.02,))
-        thread.start()  # on its way out
+        thread.start()  # ends soon
 
 
 def test_an_exception_of_the_body_is_not_hidden(tmp_path):
@@ -79,7 +79,7 @@ def test_child_process(tmp_path):
 
 
 def test_orphan(tmp_path):
-    """In a session of its own and with its parent gone, as what a killed launcher leaves."""
+    """A process in its own session whose parent is gone, as a killed launcher leaves it."""
     start = (
         "from subprocess import DEVNULL, Popen\n"
         "print(Popen(['sleep', '60'], start_new_session=True, stdout=DEVNULL, stderr=DEVNULL).pid)"

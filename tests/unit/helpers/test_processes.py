@@ -1,4 +1,4 @@
-"""The helper that starts workers: values come back in order, failures are named, nobody is left."""
+"""The helper that starts workers: values come back in order, failures are named, no process is left."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def session_facts(worker):
 
 
 def test_each_worker_has_a_session_and_the_environment_of_now(monkeypatch, tmp_path):
-    for value in ("first", "second"):  # the fork server was started with neither
+    for value in ("first", "second"):  # the fork server was started without either
         monkeypatch.setenv("A_VARIABLE", value)
         facts = run_workers(session_facts, 2)
         assert [(session == pid, variable) for session, pid, variable, _ in facts] == [(True, value)] * 2

@@ -41,7 +41,7 @@ def test_a_tensor_elsewhere_with_gaps_or_of_an_unknown_type_is_refused():
 
 
 def test_receives_that_are_posted_early_block_the_sends_behind_them():
-    """What gloo takes, and AuxNet does; hence it is refused under NCCL."""
+    """gloo allows it, and AuxNet needs it, so AuxNet refuses NCCL."""
 
     def early(collective):
         other = 1 - collective.worker

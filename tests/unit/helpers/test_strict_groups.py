@@ -1,4 +1,4 @@
-"""Members of workers that talk by NCCL's rules: what they say, and what hangs or is mixed up."""
+"""Members of workers with NCCL's rules: their messages, and cases that hang or mix up operations."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def one_skips(collective: MemberCollective) -> None:
 
 
 def other_order(collective: MemberCollective) -> None:
-    """Each waits for a partner that has come to another group first, in a circle."""
+    """Each member waits for a partner that is in another group first, in a circle."""
     if collective.rank in (0, 3):
         collective.mean_inside(torch.ones(2), "statistics")
     collective.start_all_reduce(torch.ones(4), "shared")()

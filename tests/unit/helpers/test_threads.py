@@ -1,4 +1,4 @@
-"""Workers that are threads: no message between two of them is lost."""
+"""Workers as threads: no message between two of them is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.threads import ThreadCollective, run_threads
 
 @pytest.fixture
 def hasty_threads() -> Iterator[None]:
-    """Threads that interrupt each other at nearly every instruction."""
+    """Make threads interrupt each other at nearly every instruction."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield

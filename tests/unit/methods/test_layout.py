@@ -1,4 +1,4 @@
-"""Settings that a training is too short for, of every method."""
+"""Settings of every method for which a training is too short."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def auxnet(**settings: object) -> Layout:
             60,
             "warmup_rounds and finish_rounds cover this training of 6",
         ),
-        # A run that is resumed in its finish had rounds of parts before.
+        # A run that is resumed in its finish had rounds with parts before.
         (resist, {"finish_rounds": 3}, Clock(10, 8, 0, 80), 20, None),
         (resist, {"overlap": "auto"}, Clock(10), 30, "the choice comes after 3 rounds of 10 local steps"),
         (resist, {"overlap": "auto"}, Clock(10), 31, None),

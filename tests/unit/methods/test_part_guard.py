@@ -1,4 +1,4 @@
-"""A worker's part of a network is trained, and not taken for the network (contract 5)."""
+"""A worker's part of a network can be trained, but not used as the whole network (contract 5)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def started(collective: Any, name: str) -> tuple[Any, nn.Module, torch.Tensor]:
 
 
 def tried(collective: Any, name: str) -> tuple[dict[str, str], list[str]]:
-    """What was said of each way to take a part for the whole, and of those that may be."""
+    """The errors of all ways to use a part as the whole, and the warnings of allowed ones."""
     engine, net, x = started(collective, name)
     found = {}
     for what, act in REFUSED.items():
@@ -96,11 +96,11 @@ def test_a_part_is_neither_evaluated_nor_traced_nor_copied_in_silence(name: str)
         assert "evaluates the part of the network that it has in this round" in said[0]
 
 
-# Under Lightning it is known what is a training step.
+# Under Lightning training steps are known.
 
 
 class Looking(Classifier):
-    """Calls its network in hooks and in training steps, where a method may have use for a part of it."""
+    """Calls its network in hooks and in training steps, where a part may be of use."""
 
     def __init__(self, face: str) -> None:
         super().__init__(kind=kind_for(face))

@@ -1,4 +1,4 @@
-"""What the simulators of all methods share: their workers, whose optimizers are the user's own."""
+"""The common part of all simulators: workers with the user's own optimizers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from resist_lightning import Config, NeuronConfig, NeuronSimulator, Simulator
 from tests.helpers.training import assert_equal_states
 
-RATE = 0.01  # of the bias, once it trains
+RATE = 0.01  # learning rate of the bias, once it trains
 
 
 def simulate(kind: str, *, added: bool) -> dict[str, Any]:
-    """Three rounds; from the second one on the first bias trains too, in a parameter group of its own."""
+    """Simulate three rounds; from the second one on the first bias trains, too, in its own parameter group."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
 

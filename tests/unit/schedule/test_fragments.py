@@ -1,4 +1,4 @@
-"""Each sync covers one fragment: who holds what, and when, whatever the counts."""
+"""Each sync covers one fragment: holders of blocks by round, for any counts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_counts_of_fragments_add_up_and_leave_no_block_without_a_holder(blocks, 
         size = len(range(fragment, blocks, fragments))
         assert max(row) <= size <= sum(row)
         if min(counts) >= fragments:
-            assert min(row) >= 1  # so every block may come to every worker
+            assert min(row) >= 1  # so every worker may get every block
 
 
 @given(schedules())
@@ -98,7 +98,7 @@ def test_every_block_comes_to_every_worker():
     }
     assert len(seen) == 2 * 8
     moves = [before != after for before, after in pairwise(schedule.partition(round).held for round in range(60))]
-    assert 15 < sum(moves) < 45  # of two blocks on two workers every other draw changes nothing
+    assert 15 < sum(moves) < 45  # with two blocks on two workers every other draw changes nothing
 
 
 @pytest.mark.parametrize("fragments", [1, 2, 3])

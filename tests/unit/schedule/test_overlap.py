@@ -94,7 +94,7 @@ def test_measuring_waits_for_the_warm_up_and_leaves_out_rounds_without_a_sync_be
     warm = Overlaps(0, 50, 2, measured_from=1)
     assert learn_all(warm, range(2)) == warm
     assert learn_all(warm, range(1, 4)).chosen == (4, 2)  # 1.2 x 0.1 s / 0.1 s
-    resumed = learn_all(AUTO, [1, 0, 2])  # in the second round, with no time of the sync before it
+    resumed = learn_all(AUTO, [1, 0, 2])  # resumed in the second round, without the time of the sync before it
     assert resumed.chosen == (3, 18)
     assert len(learn_all(AUTO, [1, 0]).seconds) == 1
 

@@ -100,7 +100,7 @@ def test_no_global_generator_is_read_or_moved(setting, noise):
     ],
 )
 def test_golden_values(arguments, held):
-    """Written down once: with another generator, a resumed run would draw another partition."""
+    """Fixed values: with another generator, a resumed run would draw another partition."""
     assert draw_partition(*arguments).held == held
 
 
@@ -131,7 +131,7 @@ def test_every_worker_gets_every_block_equally_often(blocks, workers, minimum, c
 
 
 def test_a_round_does_not_depend_on_the_one_before():
-    """The chance that a block stays is 1/3 with 3 workers, and that neighbours go together is (n - 1)/(L - 1)."""
+    """A block stays with probability 1/3 with 3 workers, and neighbours stay together with (n - 1)/(L - 1)."""
     rounds = [draw_partition(6, 3, 0, 9, round) for round in range(2000)]
     stays = sum(a.holders(b) == z.holders(b) for a, z in pairwise(rounds) for b in range(6))
     together = sum(p.holders(b) == p.holders(b + 1) for p in rounds for b in range(5))

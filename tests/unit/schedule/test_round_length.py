@@ -50,13 +50,13 @@ def test_a_clock_reads_the_rate_where_a_round_begins():
     clock = Clock.by(QSR(2, 0.2), lambda: rate[0])
     assert (clock.local_steps, clock.agreed_steps) == (4, 4)
     rate[0] = 0.05
-    clock.begin_round()  # nothing was trained yet
+    clock.begin_round()  # before any training
     assert clock.local_steps == 16
     for _ in range(16):
         assert clock.agreed_steps == 16
         clock.tick()
         rate[0] /= 1.1
-    # Complete: from here on what counts is the next round.
+    # Complete: from here on the rate counts for the next round.
     rate[0] = 0.04
     assert (clock.local_steps, clock.agreed_steps) == (16, 25)
     clock.next_round()

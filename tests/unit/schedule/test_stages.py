@@ -1,4 +1,4 @@
-"""Growth and the last rounds: which share a worker holds at least, by round."""
+"""Growth and the last rounds: minimum share of a worker, by round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from resist_lightning.schedule.stages import NO_STAGES, parts_of, plan_stages
 
 
 def shares(growth, finish, rounds, local_steps=3, first=0):
-    """The least share of each round, where 0.1 is the usual one."""
+    """The minimum share in each round, where 0.1 is the usual one."""
     steps = rounds * local_steps
     found = plan_stages(growth, finish, local_steps, Clock(local_steps), steps, by="growth", first=first)
     return [found.least(round, 0.1) for round in range(rounds)]

@@ -1,4 +1,4 @@
-"""Contracts 3 and 4, on paper: the plan gives every next holder the mean over the last ones, and sends no more."""
+"""Contracts 3 and 4, on paper: the plan gives every next holder the mean over the last holders, and sends no more."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trained(partition: Partition) -> Values:
 
 
 def execute(plan: SyncPlan, values: Values, workers: int) -> Values:
-    """What the workers have after the plan: nothing but the plan and their own values is used."""
+    """The workers' values after executing a plan on their own values alone."""
     values = dict(values)
     for block in plan.averaged:
         mean = sum(values[worker, block] for worker in range(workers)) / workers
@@ -156,7 +156,7 @@ def test_worker_0_collects_what_it_lacks_from_the_holders_and_the_mean_is_the_sy
         assert sum(values[worker, block] for worker in workers) / len(workers) == sum(
             values[worker, block] for worker in old
         ) / len(old)
-        # Where all holders are equal, one of them sends, and only if worker 0 is none of them.
+        # If all holders are equal, one of them sends, and only if worker 0 is not a holder.
         assert equal[block] == (() if 0 in old else (sync.owner[block],))
 
 
@@ -165,7 +165,7 @@ def by_block(transfer: Transfer) -> tuple[int, int]:
 
 
 def together(parts: list[SyncPlan]) -> SyncPlan:
-    """What all workers do in an observation; both ends of a transfer must know of it."""
+    """The workers' plans of an observation as one; both ends of a transfer must list it."""
     seen = Counter(transfer for part in parts for transfer in part.hand_over)
     assert set(seen.values()) <= {2}
     return replace(parts[0], hand_over=tuple(sorted(seen, key=by_block)))

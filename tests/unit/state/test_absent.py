@@ -1,4 +1,4 @@
-"""Contract 5: a value of an absent tensor cannot be read by any way that torch has, and all else of it can."""
+"""Contract 5: an absent tensor's values cannot be read in any way that torch has; everything else of it can."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def scripted(a, b):
     return a.add_(b)
 
 
-# Each of an absent p of shape (8, 8), and a present e. Without the error most of them give e back, or memory that
-# nobody wrote.
+# Each reads an absent p of shape (8, 8), and a present e. Without the error most would return e, or memory that
+# was never written.
 READS = {
     "add_": lambda p, e: e.add_(p),
     "add_ alpha": lambda p, e: e.mul_(0.9).add_(p, alpha=0.1),
@@ -117,7 +117,7 @@ def test_a_number_a_mask_and_a_scripted_function_raise_too():
         bool(absent())
     with pytest.raises(PartialModelError):
         square()[absent(8, 8, kind=torch.zeros, dtype=torch.bool)]
-    with pytest.raises(RuntimeError, match="TorchScript interpreter"):  # which has no other error
+    with pytest.raises(RuntimeError, match="TorchScript interpreter"):  # the only error of TorchScript
         scripted(square(), absent(8, 8, kind=torch.zeros))
 
 
@@ -212,13 +212,13 @@ def test_counting_freezing_and_compiling_another_part_are_free(net):
 
 @torch.no_grad()
 def update(average, net):
-    """As people write it."""
+    """A moving average as users write it."""
     for name, parameter in net.named_parameters():
         average[name].mul_(0.9).add_(parameter, alpha=0.1)
 
 
 def train_partially(collective):
-    """What a worker of two gets when it reads what the other one has; and the full model's way out."""
+    """The errors of a worker that reads the other one's blocks, and this worker's blocks; the full model works."""
     net = small_preact()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     engine = Engine(net, [optimizer], Config(local_steps=2, min_blocks=1), collective=collective)

@@ -1,4 +1,4 @@
-"""Batch-norm statistics of the full model: re-estimated, or of each batch, and nothing else is moved."""
+"""Batch-norm statistics of the full model: re-estimated, or of each batch, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.nets import randomise_norms, small_preact
 
 
 class Noisy(nn.Module):
-    """Convolution, dropout, batch norm, head."""
+    """A convolution, dropout, batch norm, and a head."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ def test_a_norm_that_the_recorded_inputs_do_not_reach_keeps_its_statistics():
 
 
 def test_a_norm_that_the_user_keeps_in_evaluation_mode_keeps_its_statistics():
-    """Frozen batch norm, as in fine-tuning: what does not train is not re-estimated."""
+    """Frozen batch norm, as in fine-tuning: statistics that do not train are not re-estimated."""
     module = nn.Sequential(Noisy().net, Noisy().net[2]).train()
     randomise_norms(module)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -221,7 +221,7 @@ class Checkpointed(nn.Module):
 
 
 def test_activation_checkpointing_records_a_batch_once():
-    """Stale activations of a section would be replayed as if they were inputs, and drive real batches out."""
+    """Stale activations of a section would be replayed as inputs, and displace real batches."""
     module = Checkpointed().train()
     recorder, seen = recorded(module)
     module(images(1)[0]).sum().backward()
@@ -239,7 +239,7 @@ class InPlace(nn.Module):
 
 
 def test_recorded_inputs_are_those_that_the_network_was_called_with():
-    """Neither a forward that changes them, in training or in the replay, nor a loader that fills them anew, counts."""
+    """They stay the same if a forward changes them, in training or replay, or if a loader refills them."""
     module, static = InPlace().train(), torch.empty(64, 3)
     recorder, _ = recorded(module, calls=8)
     generator = torch.Generator().manual_seed(0)

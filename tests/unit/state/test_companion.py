@@ -1,4 +1,4 @@
-"""A copy that goes with a module: it holds the same parts, and is shown in its place."""
+"""A companion copy of a module: it holds the same parts, and is shown in its place."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_showing_the_copy_and_hiding_it_changes_neither_it_nor_the_module(dtype:
 
 def test_what_is_written_while_the_copy_is_shown_stays_in_both() -> None:
     module, copy, companion = make()
-    companion.keep(["seen"])  # of no effect yet
+    companion.keep(["seen"])  # no effect yet
     assert copy.seen != module.seen
     companion.show()
     module.seen.fill_(7)

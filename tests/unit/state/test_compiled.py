@@ -1,4 +1,4 @@
-"""Compiled code is found in all its forms, and rests while somebody holds it back."""
+"""Compiled code is found in all forms, and is disabled while it is held back."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def attributes(tensor):
 
 
 def facts(module):
-    """What must not change of every parameter and buffer."""
+    """The properties of every parameter and buffer that must not change."""
     return {
         name: (id(t), present_class(t), t.shape, t.dtype, t.stride(), t.requires_grad, t.is_leaf, attributes(t))
         for name, t in [*module.named_parameters(), *module.named_buffers()]
@@ -198,7 +198,7 @@ def test_layers_that_keep_more_than_parameters_go_and_come_back(make):
     block.load_state_dict(values)
     expected = block(x).detach()
     for _ in range(2):
-        block(x)  # a graph that nobody calls backward on
+        block(x)  # a graph without a backward
         subnet.free()
         plain = [value for module in block.modules() for value in vars(module).values() if isinstance(value, Tensor)]
         assert all(tensor.is_meta for tensor in (*block.parameters(), *block.buffers(), *plain))
@@ -225,7 +225,7 @@ def test_a_block_with_a_forward_of_its_class_s_own_is_bypassed_too():
 
 
 def test_gradient_hooks_of_a_parameter_survive_an_absence():
-    """Contract 10: callbacks stay valid. swap_tensors takes the hooks away with the memory, silently."""
+    """Contract 10: callbacks stay valid. swap_tensors silently removes the hooks with the memory."""
     block, x = residual_block("preact")
     weight, seen = block.conv1.weight, []
     handles = [

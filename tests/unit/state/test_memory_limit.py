@@ -1,4 +1,4 @@
-"""A worker whose weights, gradients and optimizer state exceed its memory limit hears it before it trains."""
+"""A worker whose weights, gradients and optimizer state exceed its memory limit gets an error before it trains."""
 
 from __future__ import annotations
 

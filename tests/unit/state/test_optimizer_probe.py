@@ -1,4 +1,4 @@
-"""What trial steps of a twin show of an optimizer, without touching it; and which optimizers are refused."""
+"""Probes of an optimizer by trial steps of a twin, without touching it; and refused optimizers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_an_optimizer_that_makes_its_state_when_it_is_built_is_refused():
 
 
 def test_every_parameter_group_is_probed():
-    """Momentum of the second group would be thrown away at every hand-over, though momentum='travel'."""
+    """Momentum of the second group would be lost at every hand-over, despite momentum='travel'."""
     module = small_preact()
     block = of_block(module)
     groups = [{"params": list(module.head.parameters()), "momentum": 0.0}, {"params": block, "momentum": 0.9}]
@@ -86,7 +86,7 @@ def test_what_an_optimizer_has_of_its_own_is_there_in_a_trial_and_untouched_by_i
 
 
 def test_parameters_of_every_number_of_dimensions_are_tried():
-    """Muon steps matrices otherwise than vectors."""
+    """Muon steps matrices differently from vectors."""
 
     class Either(torch.optim.SGD):
         def step(self, closure=None):

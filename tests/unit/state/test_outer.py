@@ -1,4 +1,4 @@
-"""An outer step is torch's SGD with Nesterov momentum, from where the round began."""
+"""An outer step is torch's SGD with Nesterov momentum, from the values at the beginning of the round."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_what_is_saved_in_the_middle_of_a_round_is_loaded_to_the_bit():
     state = outer.state_dict({"w": weight}, (), in_training=True)
     assert outer.state_dict({"w": weight}, ("w",), in_training=True)["start"] == {}
     twin.data.fill_(0.1)
-    other.begin_round([], {})  # it may be frozen, until the resumed run unfreezes it as the first one did
+    other.begin_round([], {})  # it may be frozen until the resumed run unfreezes it, as the first one did
     other.load_state_dict(state, {"w": twin}, {}, twin.device)
     for each, step in ((weight, outer), (twin, other)):
         each.data.fill_(0.2)

@@ -1,4 +1,4 @@
-"""A worker's own tensors come back after the full model; what the user's code has written meanwhile stays."""
+"""A worker's own tensors come back after the full model; writes by the user's code meanwhile stay."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_what_is_averaged_comes_back_and_what_is_written_stays(module: Counting)
         module.weight.fill_(5)
         module.seen.fill_(5)
     own.watch(())
-    module.seen.data += 1  # counted by no version
+    module.seen.data += 1  # not counted in the version
     assert own.written().keys() == {"seen"}
     assert torch.equal(own.as_in_training()[id(module.weight)], torch.ones(2))
     assert own.as_in_training()[id(module.seen)] is module.seen

@@ -16,7 +16,7 @@ def draw() -> tuple[float, float, float, float]:
 
 
 def test_generators_go_on_from_a_state_that_was_written_to_a_file(tmp_path: Path) -> None:
-    random.gauss(0, 1)  # which keeps one number for the next call
+    random.gauss(0, 1)  # keeps a number for the next call
     write_file(random_state(), tmp_path / "state")
     expected = [draw() for _ in range(3)]
 

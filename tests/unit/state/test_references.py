@@ -1,4 +1,4 @@
-"""The error for a block that cannot be handed over names what still uses it, and where that is kept."""
+"""The error for a block that cannot be handed over names the objects that still use it, and their places."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.residual import compiled_blocks_move
 
 
 class Keeper:
-    """Where a user keeps something."""
+    """A user's object that keeps references."""
 
 
 def keep_loss(block, keeper):

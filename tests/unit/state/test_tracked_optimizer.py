@@ -1,4 +1,4 @@
-"""What optimizers keep beside the usual state: attributes, modes, numbers, other optimizers inside of them."""
+"""State of optimizers beside the usual one: attributes, modes, numbers, inner optimizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.optimizers import Own, of_block, stepped
 
 
 class Sharp(torch.optim.Optimizer):
-    """Has another optimizer inside, and steps with a closure, as SAM does."""
+    """Has an inner optimizer, and steps with a closure, like SAM."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})

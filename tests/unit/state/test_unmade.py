@@ -1,4 +1,4 @@
-"""Modules that are built without memory: their form, and who makes their values."""
+"""Modules that are built without memory: their form, and the initialisation of their values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Tied(nn.Module):
-    """Has weights under two names, a table of its own, and a rate that it reads from a tensor while it is built."""
+    """Has weights under two names, a buffer, and rates that it reads from a tensor while it is built."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_tied_weights_stay_one_object_and_values_can_be_read_while_a_module_is_b
 def test_a_parameter_that_is_in_use_keeps_its_memory():
     net = nn.Module()
     parameter = nn.Parameter(torch.ones(2))
-    reference = weakref.ref(parameter)  # torch exchanges the memory of no tensor that has one
+    reference = weakref.ref(parameter)  # torch swaps no tensor that has a weak reference
     with without_memory():
         net.register_parameter("weight", parameter)
     assert reference() is parameter

@@ -1,4 +1,4 @@
-"""For tests of what happens before any process starts."""
+"""Fixtures for tests before any process starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``ResISTStrategy`` and ``LocalSGDStrategy`` take as arguments, and what they refuse."""
+"""Arguments of ``ResISTStrategy`` and ``LocalSGDStrategy``, and their refusals."""
 
 from __future__ import annotations
 

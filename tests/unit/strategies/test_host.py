@@ -1,4 +1,4 @@
-"""What Lightning's side tells the engine, and learns from the other workers."""
+"""Reports of Lightning's side to the engine, and those from the other workers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from resist_lightning.strategies.host import LightningHost
 
 def scaler(scale: float) -> torch.amp.GradScaler:
     made = torch.amp.GradScaler("cpu", init_scale=scale)
-    made.scale(torch.ones(()))  # it makes its state in the first use
+    made.scale(torch.ones(()))  # it makes its state at the first use
     return made
 
 
 class Requests:
-    """In the place of ``Signals``."""
+    """A stub for ``Signals``."""
 
     def __init__(self, requests: int = 0) -> None:
         self.requests = requests
@@ -73,7 +73,7 @@ def test_a_resumed_run_agrees_before_its_first_step() -> None:
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_gradients_that_are_added_up_have_one_scale(manual: bool) -> None:
-    """Two batches of gradient 1; between them the workers meet: to evaluate, or where a round ends."""
+    """Two batches of gradient 1, with a handshake between them: to evaluate, or at the end of a round."""
     own, parameter = scaler(1024.0), nn.Parameter(torch.ones(1))
     host = host_with(own, manual=manual)
     for _ in range(2):

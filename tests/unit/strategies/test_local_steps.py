@@ -12,7 +12,7 @@ from resist_lightning.strategies.local_steps import LocalSteps, take_step
 
 
 class Engine:
-    """In the place of the real one."""
+    """A stub for the real engine."""
 
     def __init__(self, *, trains_alone: bool = True, observing: bool = False) -> None:
         self.running, self.observing = True, observing

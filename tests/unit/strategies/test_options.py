@@ -1,4 +1,4 @@
-"""An option is written once, and each strategy that has it shows and checks it."""
+"""An option is defined once, and each strategy that has it documents and checks it."""
 
 from __future__ import annotations
 

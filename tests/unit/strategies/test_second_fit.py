@@ -1,4 +1,4 @@
-"""A second ``fit`` begins from what the module holds, and nothing of the first stays on it (contract 16)."""
+"""A second ``fit`` begins from the module's tensors, and no trace of the first stays on it (contract 16)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ FACES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def threads_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning sets their number where nobody has, and leaves it."""
+    """Set the number of threads, since otherwise Lightning sets it, and leaves it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 class Noting(Classifier):
-    """Remembers what its first step began with."""
+    """Remembers the weights at its first step."""
 
     first: dict[str, Tensor] | None = None
 
@@ -101,7 +101,7 @@ def test_what_is_not_written_goes_on_as_in_training_and_what_is_written_stays(na
 
 
 def test_unwritten_weights_are_unscaled_exactly() -> None:
-    """By the same Trainer; the step that follows is that of a training that was never stopped."""
+    """By the same Trainer; the next step equals that of an uninterrupted training."""
     trainer, module = fitted(FACES["resist"])
     folded = module.net.state_dict()["section3.1.conv2.weight"].clone()
     torch.testing.assert_close(0.3 * fit_again(trainer, module)["section3.1.conv2.weight"], folded)
@@ -117,7 +117,7 @@ def test_a_mixture_of_old_and_new_tensors_is_told() -> None:
 
 
 def test_after_a_test_of_a_checkpoint_a_fit_goes_on_from_its_full_model(tmp_path: Path) -> None:
-    """Not from within that training: Lightning's loops are elsewhere."""
+    """Not from the middle of that training, as Lightning's loops are elsewhere."""
     saving = ModelCheckpoint(tmp_path, "middle", every_n_train_steps=2)
     options = {"max_epochs": 1, "enable_checkpointing": True, "callbacks": [saving]}
     trainer, module = make_trainer(make_strategy(), **options), Noting()

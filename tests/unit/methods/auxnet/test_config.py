@@ -31,7 +31,7 @@ def test_serial_steps_are_those_of_the_warm_up_and_corrections_behind_it(
 
 
 def test_corrections_do_not_keep_multipliers_from_their_updates() -> None:
-    """A multiplier is updated in parallel steps only, so the two must not fall together for ever."""
+    """A multiplier is updated in parallel steps only, so the two must not always coincide."""
     config = StageConfig(method="al-net", serial_every=10)
     updates = [step for step in range(300) if (step + 1) % config.multiplier_every == 0 and not config.serial(step)]
     assert len(updates) == 10
@@ -56,7 +56,7 @@ def test_corrections_do_not_keep_multipliers_from_their_updates() -> None:
             {"method": "penalty", "delay": 2},
             "method='penalty' delays nothing, so delay=2 would do nothing. Leave it out, or take method='delayed'",
         ),
-        # As in a program of an earlier version, whose default guessed.
+        # As in a program for an earlier version, whose default used guesses.
         (
             {"beta": 2.0, "serial_every": 4, "aux_width": 8},
             "'delayed', the default, guesses nothing, so beta=2.0, serial_every=4, aux_width=8 would do nothing"
@@ -77,7 +77,7 @@ def two_layers(image: tuple[int, ...], boundary: tuple[int, ...], between: Any =
 
 
 class Factory:
-    """Makes auxiliary networks, and has no name of its own."""
+    """A factory of auxiliary networks without a name, unlike a function."""
 
     def __init__(self, width: int = 5) -> None:
         self.width = width
@@ -99,7 +99,7 @@ FACTORIES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_a_factory_has_one_name_wherever_it_lies_in_memory(name: str) -> None:
-    one, other = FACTORIES[name](), FACTORIES[name]()  # both are kept, so that they do not lie in one place
+    one, other = FACTORIES[name](), FACTORIES[name]()  # both are kept, so that they have different addresses
     names = [StageConfig(method="penalty", aux_network=each).in_words() for each in (one, other)]
 
     assert names[0] == names[1]

@@ -1,4 +1,4 @@
-"""Where a network is cut and where it is not: tied weights, auxiliary networks of the user's, cuts of other runs."""
+"""Cuts of a network: tied weights, a user's auxiliary networks, cuts of other runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.plain import make_net
 
 
 class Outside(nn.Module):
-    """A network, and a layer that is not a part of it."""
+    """A network, and a layer outside of it."""
 
     def __init__(self, net: nn.Module, layer: nn.Module) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def test_a_weight_that_a_layer_outside_shares_is_no_matter_to_one_worker() -> No
 
 def test_another_name_of_a_module_of_the_network_is_not_refused() -> None:
     net = mlp(MlpBlock)
-    module = Outside(net, net.get_submodule("head"))  # as a module that keeps its head at hand
+    module = Outside(net, net.get_submodule("head"))  # as in a module with a second reference to its head
 
     layout = StageLayout(module, StageConfig(network="net", cuts=["body.1"]), 2)
 

@@ -1,4 +1,4 @@
-"""The reference of AuxNet: its own gradients, what it leaves alone, and the full model that it gives."""
+"""The reference simulator of AuxNet: its own gradients, untouched tensors, and its full model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_step_is_one_down_the_gradient_of_the_lagrangian(workers: int, every: 
     whole = gradients_of_lagrangian(net, stages, x, loss_of((x, y)), guesses, kappas, 4.0)
     for name, parameter in simulator.module.named_parameters():
         torch.testing.assert_close(parameter.grad, whole.parameters[name], rtol=1e-9, atol=1e-12)
-    rate = (1.0 if workers == 2 else 0.1) / (4.0 / 6)  # c / β of the formulas, in which β is per element
+    rate = (1.0 if workers == 2 else 0.1) / (4.0 / 6)  # c / β in the formulas, where β is per element
     for k, boundary in enumerate(simulator.boundaries):
         guess, kappa = boundary.guess(x)
         truth = stages[k]([x, *guesses][k]).detach()
@@ -92,7 +92,7 @@ def test_the_full_model_has_the_statistics_of_the_recorded_images() -> None:
     estimated = statistics(full)["section2.0.bn2"]
     for module in norms_with_statistics(full).values():
         module.momentum = 0.0
-    for step in range(NORMS.steps):  # in training mode, so that layers before it see the statistics of the batch
+    for step in range(NORMS.steps):  # in training mode, so that earlier layers use batch statistics
         full(batch_of(NORMS, step)[0])
     expected = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
     torch.testing.assert_close(estimated, expected)

@@ -16,7 +16,7 @@ NAMES = ("data", "forward", "backward", "penalty", "aux_forward", "aux_backward"
 
 @st.composite
 def steps(draw):
-    """Exact numbers, so that the properties hold exactly."""
+    """Exact seconds, so that the properties hold exactly."""
     values = [draw(st.fractions(0, 5, max_denominator=8)) for _ in NAMES]
     values[1] += Fraction(1, 8)
     return StepSeconds(**dict(zip(NAMES, values, strict=True)))
@@ -46,7 +46,7 @@ def test_with_enough_workers_it_is_above_one_exactly_if_the_network_takes_more_t
 
 
 def limit(step):
-    """With infinitely many workers, all that every one of them does remains."""
+    """The speed-up with infinitely many workers: the work that each worker does remains."""
     remaining = step.data + step.penalty + step.aux_forward + step.aux_backward
     return (step.data + step.forward + step.backward) / remaining if remaining else math.inf
 

@@ -1,4 +1,4 @@
-"""The closed form of what workers send at a sync (check 8 of section 8)."""
+"""The closed form of the bytes that workers send at a sync (check 8 of section 8)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = st.sampled_from(list(CUTS.values()))
 
 @given(plans(), KINDS)
 def test_the_closed_form_counts_every_entry_that_is_with_another_worker_next(plan, cut):
-    """From each entry's two places and nothing else."""
+    """Counted from each entry's two places and nothing else."""
     sent = [0] * plan.before[0].workers
     for entry in entries(cut, plan.before):
         (old, _), (new, _) = place(cut, plan.before, entry), place(cut, plan.after, entry)
@@ -49,10 +49,10 @@ def test_a_round_that_deals_the_same_again_sends_nothing(plan, cut):
 
 
 def mean_entries(rows: int, columns: int, workers: int) -> float:
-    """What docs/ist.md promises: entries of an inner matrix that a worker sends, in the mean over partitions.
+    """The formula of docs/ist.md: entries of an inner matrix that a worker sends, in the mean over partitions.
 
     Of the rows * columns / S entries that are trained, 1 / S go straight to the next holder; the others go to their
-    keeper, and as many come from one. The next place of 1 / S of all of these is where they are.
+    keeper, and as many come from one. For 1 / S of all of these the next place is on the same worker.
     """
     trained = rows * columns / workers
     return trained * (2 - 1 / workers) * (1 - 1 / workers) / workers

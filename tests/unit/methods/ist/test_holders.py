@@ -20,7 +20,7 @@ KINDS = st.sampled_from(list(CUTS.values()))
 
 @st.composite
 def plans(draw):
-    """Plans of two layers in which some neuron has several holders: as they are drawn, or any."""
+    """Plans of two layers in which some neuron has several holders: as drawn by IST, or arbitrary ones."""
     workers = draw(st.integers(2, 5))
     widths = draw(st.tuples(st.integers(workers, 9), st.integers(workers, 9)))
     left_out = draw(st.sampled_from([(), (1,)]))
@@ -37,7 +37,7 @@ def plans(draw):
 
 
 def everywhere(planned, cut, plan):
-    """Each piece once, in the order of every worker's list; both ends must list it."""
+    """All workers' pieces, each once; checks that both ends list them in the same order."""
     lists = [planned(cut, plan, worker) for worker in range(plan.before[0].workers)]
     for worker, found in enumerate(lists):
         for peer, other in enumerate(lists):
@@ -51,7 +51,7 @@ def everywhere(planned, cut, plan):
 
 
 def holders(cut, held, entry):
-    """The workers that hold an entry, from each worker's neurons."""
+    """The workers that hold an entry, derived from each worker's neurons."""
     sides = [(cut.rows, entry[0]), (cut.columns, entry[1])]
     return {
         worker
@@ -61,14 +61,14 @@ def holders(cut, held, entry):
 
 
 def counting(cut, plan, entry):
-    """Of the holders before the sync, those whose values count."""
+    """The holders before the sync whose values count."""
     old = holders(cut, plan.before, entry)
     return old - set(plan.left_out) or old
 
 
 @given(plans(), KINDS)
 def test_after_the_means_and_the_hand_over_every_holder_has_the_mean_of_all_holders(plan, cut):
-    gathered = defaultdict(set)  # by place and entry, whose values arrived
+    gathered = defaultdict(set)  # by place and entry, the workers whose values arrived
     for piece in everywhere(merged_pieces, cut, plan):
         for entry in members(piece, cut):
             assert piece.source in holders(cut, plan.before, entry)
@@ -79,7 +79,7 @@ def test_after_the_means_and_the_hand_over_every_holder_has_the_mean_of_all_hold
         for entry in members(piece, cut):
             old, found = counting(cut, plan, entry), gathered[piece.source, entry]
             if cut in INNER:
-                # Its keeper has it in any case, and counts those that are left out only where nobody else holds it.
+                # Its keeper has it in any case, and counts left-out workers only if no other holds it.
                 assert piece.source == keeper(plan.before[cut.rows].blocks, plan.before[0].workers, entry[0])
                 assert found == holders(cut, plan.before, entry)
             else:

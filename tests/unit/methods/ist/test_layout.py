@@ -1,4 +1,4 @@
-"""Who holds how much of a model, what a sync must send, and what is refused before anything is sent."""
+"""Sizes of the workers' parts of a model, bytes of a sync, and refusals before anything is sent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def layout_of(net, workers, **settings):
 
 
 def speech(hidden_layers):
-    """The nets of the paper: batch norm after every layer, no bias."""
+    """The paper's networks: batch norm after every layer, no bias."""
     width = {1: 4096, 2: 8192}[hidden_layers]
     sizes = [4096, *[width] * hidden_layers, 35]
     parts = []
@@ -84,7 +84,7 @@ def test_of_one_worker_everything_is_held():
 @pytest.mark.parametrize("momentum", ["reset", "keep", "travel"])
 @pytest.mark.parametrize("net", ["mixed", "conv"])
 def test_bytes_to_hand_over_are_those_of_all_entries_that_change_their_worker(net, momentum, optimizer):
-    """Entry by entry: where it is, where it will be; with its state where that travels."""
+    """Counted entry by entry from its places before and after; with its state if that travels."""
     run = Run(NeuronConfig(momentum=momentum, min_share=0), 0, net, optimizer, frozen=("0.weight",))
     module, workers = make_net(run), 3
     layout = NeuronLayout(module, run.config, workers)
@@ -125,11 +125,11 @@ def _place(holders, cut, neurons, workers):
     return keeper(len(holders[cut.rows]), workers, row)
 
 
-# ------------------------------------------------------------------ what others are told
+# ------------------------------------------------------------------ comparison between workers
 
 
 def test_workers_with_another_cut_have_another_digest():
-    """Or they would send each other what the other does not expect."""
+    """Else they would send messages that the other does not expect."""
     module = make_net(Run(NeuronConfig(), 0))
     usual = NeuronConfig(seed=1)
     digests = {layout_of(module, 2, seed=1).digest()}
@@ -211,7 +211,7 @@ def test_a_run_that_grows_and_ends_whole_holds_more_and_more():
 
 
 def test_a_snapshot_of_a_run_with_other_shares_is_put_together_by_those_shares():
-    """Its file says them; this run may deal out other shares to other workers."""
+    """Its file has them; this run may use other shares and other workers."""
     net = make_net(Run(NeuronConfig(), 0))
     written = layout_of(net, 3, min_share=0.6)
     named = {**dict(net.named_parameters()), **dict(net.named_buffers())}
@@ -261,7 +261,7 @@ def test_options_of_other_methods_are_refused(option):
 
 
 class Odd(torch.optim.Optimizer):
-    """Its state has a shape of its own, as that of optimizers that factor their state."""
+    """An optimizer with state of another shape than its parameter, as in factored optimizers."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1})

@@ -16,7 +16,7 @@ HELD = (of_holders([{0, 1, 2}, {0, 1}, {2}], 3),)
 
 
 def means(values, left_out=(), dtype=torch.float32):
-    """Rows 0 and 1 of worker 0, each of one number, after the means of what the workers sent of them."""
+    """Rows 0 and 1 of worker 0, each of one number, after averaging the values that the workers sent."""
     part = Part(Cut(0, None), (3, 1), 0, torch.tensor([[100.0], [200.0]], dtype=dtype))
     arrived = []
     for worker, (rows, numbers) in values.items():
@@ -42,7 +42,7 @@ def test_what_is_equal_everywhere_stays_as_it_is(number):
 
 
 def test_sixteen_bits_are_rounded_once():
-    """The sum of 1 + 1/128 and its neighbours would lose the last bit at every step."""
+    """A sum of 1 + 1/128 and other terms in 16 bits would lose the last bit at every step."""
     values = [1.0078125, 1.0, 1.0]
     found = means({w: ((0,), [v]) for w, v in enumerate(values)}, dtype=torch.bfloat16)[0]
     assert found == torch.tensor(sum(values) / 3).bfloat16().item()

@@ -1,4 +1,4 @@
-"""Messages of pieces: large ones go in three, and nothing else changes."""
+"""Messages of pieces: large ones are split in three, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_large_message_goes_in_three_of_an_eighth_most_and_an_eighth(pieces):
         assert messages._in_three({1: keyed}, parts) == [{1: keyed}, {}, {}]
     assert [entry for turn in turns for entry in entries_of(turn)] == entries_of(keyed)
     assert all(piece.rows != () for turn in turns for _, piece in turn)
-    # A row too many at each border, or, where a piece has no rows, the rest of it.
+    # An extra row at each border, or the rest of a piece without rows.
     more = ROWS * COLUMNS if any(piece.rows is None for piece in pieces) else COLUMNS
     assert len(entries_of(turns[0])) <= size // 8 + more
     assert len(entries_of(turns[2])) <= size // 8

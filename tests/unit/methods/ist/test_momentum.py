@@ -1,4 +1,4 @@
-"""What becomes of optimizer state when neurons are dealt anew; engines of one process, whose workers are threads."""
+"""Optimizer state when neurons are dealt anew; engines of one process, whose workers are threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOMENTA = ("reset", "keep", "travel")
 
 
 def momentum_of(collective, run):
-    """Set each entry's momentum to a number of its own, sync without training, and note what is there."""
+    """Set each entry's momentum to a number of its own, sync without training, and note the momentum."""
     engine, optimizer = start_engine(run, collective)
     shape = engine.layout.shapes["3.weight"]
     numbers = torch.arange(1.0, shape.numel() + 1).reshape(shape)
@@ -122,7 +122,7 @@ def train_on_after_the_end(collective, run):
 
 @pytest.mark.parametrize("momentum", MOMENTA)
 def test_the_full_model_can_be_trained_on_with_the_same_optimizer(momentum):
-    """A short training of the full model at the end is a way around the accuracy floor (decision 17)."""
+    """A short training of the full model at the end avoids the accuracy floor (decision 17)."""
     run = Run(NeuronConfig(local_steps=2, momentum=momentum), 3, optimizer="adamw")
     for before, after in run_threads(train_on_after_the_end, 2, run)[0]:
         for name, cut in NeuronLayout(make_net(run), run.config, 2).neurons.cuts.items():

@@ -49,11 +49,11 @@ ON_FIRST = {
         NeuronConfig(local_steps=2, growth=(0.4, 0.8), finish_rounds=1, momentum="travel", evaluate_on="first"), STEPS
     ),
 }
-"""Trainings whose full model worker 0 alone has, for which the others' neurons are merged, too."""
+"""Trainings in which only worker 0 has the full model, for which the others' neurons are merged, too."""
 
 
 def trained(collective, run, observe):
-    """After each step: what the worker has, with state, and what it sees of the full model."""
+    """After each step: the worker's tensors, with state, and its view of the full model."""
     engine, optimizer = start_engine(run, collective)
     had, seen = [], []
     for step in range(run.steps):
@@ -96,7 +96,7 @@ def test_observing_at_every_step_changes_no_bit_of_weights_or_state(name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_full_model_in_the_middle_of_a_round_is_as_if_the_round_ended_there(name):
-    """And it is a plain model that computes what was observed."""
+    """And it is a plain model with the observed outputs."""
     run, expected = RUNS[name], []
 
     def see(simulator, step):
@@ -118,7 +118,7 @@ def test_the_full_model_in_the_middle_of_a_round_is_as_if_the_round_ended_there(
 
 
 def seen_by_some(collective, run):
-    """What each worker sees of the full model after each step, and the final model."""
+    """The full models that a worker sees after each step, and the final model."""
     engine, optimizer = start_engine(run, collective)
     seen = []
     for step in range(run.steps):
@@ -136,7 +136,7 @@ def seen_by_some(collective, run):
 
 @pytest.mark.parametrize("name", ["travel, AdamW", "several holders, travel"])
 def test_worker_0_alone_sees_what_all_workers_would_see(name):
-    # Statistics that are re-estimated are of worker 0's batches alone.
+    # Re-estimated statistics would be of worker 0's batches alone.
     run = replace(RUNS[name], config=replace(RUNS[name].config, batch_norm="running"))
     by_all, _ = run_threads(seen_by_some, 3, run)
     alone = replace(run, config=replace(run.config, evaluate_on="first"))
@@ -150,7 +150,7 @@ def test_worker_0_alone_sees_what_all_workers_would_see(name):
 
 
 def observed_then_synced(collective, run):
-    """At the end of each round: the full model as it is seen before the sync, and after it."""
+    """At the end of each round: the full model as observed before the sync, and after it."""
     engine, optimizer = start_engine(run, collective)
     pairs = []
     for step in range(run.steps):
@@ -174,7 +174,7 @@ def test_what_is_seen_at_the_end_of_a_round_is_what_the_sync_makes_of_it_bit_for
 
 
 class InTwoParts(nn.Module):
-    """Each part has a batch norm, and the neurons between them are dealt out."""
+    """A network of two parts with a batch norm each; the neurons between them are dealt out."""
 
     def __init__(self):
         super().__init__()
@@ -209,11 +209,11 @@ def test_parts_that_are_called_one_by_one_are_refused_where_batch_norm_is_re_est
         assert all(run_threads(train_in_parts, 2, policy, whole)[0])
 
 
-# ------------------------------------------------------------------ going on
+# ------------------------------------------------------------------ resuming
 
 
 def saved(state):
-    """As it comes back from a file that is safe to load."""
+    """A state after saving and safe loading (``weights_only``)."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -221,7 +221,7 @@ def saved(state):
 
 
 def train_and_save(collective, run):
-    """The unbroken run; and for each step what the files of a checkpoint would have."""
+    """For each step the contents of a checkpoint's files, and the end of the unbroken run."""
     checkpoints: list[Any] = []
 
     def save(engine, step):
@@ -294,7 +294,7 @@ def test_a_checkpoint_resumes_with_another_number_of_workers(before, after):
     simulator.full = {name: tensor.clone() for name, tensor in whole.items()}
     simulator.clock.round = 2
     simulator._begin_round([{} for _ in simulator.workers])
-    for step in range(3, STEPS):  # the round that was begun had one step, and is not made up for
+    for step in range(3, STEPS):  # the unfinished round had one step, and is not completed
         for number, worker in enumerate(simulator.workers):
             train_step(worker.module, worker.optimizers[0], batch_of(run, number, step))
         simulator.after_step()

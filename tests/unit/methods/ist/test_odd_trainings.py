@@ -1,4 +1,4 @@
-"""Trainings that are not the usual ones: gradients that add up, other types, layers that freeze, errors."""
+"""Unusual trainings: accumulated gradients, other types, layers that freeze, errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NETS = ("paper", "mixed", "biased", "plain", "conv")
 
 
 def accumulate(collective, run, watched):
-    """Two batches a step; with ``watched``, the full model is seen between them."""
+    """Two batches a step; with ``watched``, the full model is assembled between them."""
     engine, optimizer = start_engine(run, collective)
     for step in range(run.steps):
         optimizer.zero_grad()
@@ -57,7 +57,7 @@ def test_gradients_that_add_up_survive_a_look_at_the_full_model():
 
 
 def identity_of_two_types(collective):
-    """Three rounds without training of a network in bfloat16 whose norms are in float32, on channels_last memory."""
+    """Three rounds without training of a network in bfloat16 with norms in float32, in channels_last memory."""
     run = Run(NeuronConfig(local_steps=1, batch_norm="running"), 0, "conv")
     with ONE_AT_A_TIME:
         net = make_net(run).to(torch.bfloat16).to(memory_format=torch.channels_last)
@@ -93,7 +93,7 @@ def train_on_channels_last(collective, run):
 
 
 def formats(net):
-    """Whether weights of convolutions are in channels_last; up to now the first round lost it, for good."""
+    """Whether weights of convolutions are in channels_last, a format that once was lost in the first round."""
     weights = [parameter for parameter in net.parameters() if parameter.dim() == 4]
     assert any(not weight.is_contiguous() for weight in weights)
     return {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights}
@@ -106,7 +106,7 @@ def test_the_memory_format_of_convolutions_changes_nothing():
 
 
 def thaw(net, step):
-    """Layers that begin to train later, as when a pretrained network is tuned."""
+    """Train one layer from step 3 on, and another one only until then, as in fine-tuning."""
     net[3].requires_grad_(step >= 3)
     net[0].requires_grad_(step < 3)
 
@@ -134,7 +134,7 @@ def test_what_trains_may_change_in_mid_round():
         assert_equal_states(states[0], simulator.full_model().state_dict())
 
 
-# ------------------------------------------------------------------ what reviews have found
+# ------------------------------------------------------------------ bugs found in reviews
 
 
 class ByName(nn.Module):
@@ -165,7 +165,7 @@ def test_a_layer_may_be_called_with_its_input_by_name():
 
 
 def leave_state_behind(collective, run, how):
-    """Momentum that equals the weights, of a matrix that is frozen, or is in a group that came later; then a sync."""
+    """Set the momentum of a matrix that is frozen, or in a later group, to its weights; then sync."""
     with ONE_AT_A_TIME:
         net = make_net(run)
         late = [net[2].weight]
@@ -188,7 +188,7 @@ def leave_state_behind(collective, run, how):
 @pytest.mark.parametrize("how", ["frozen", "group"])
 @pytest.mark.parametrize("momentum", ["keep", "travel"])
 def test_state_that_does_not_move_never_meets_other_neurons(momentum, how):
-    """It stayed in its place while the weights under it were dealt anew: momentum of other entries, in silence."""
+    """It stayed in place while the weights were dealt anew, so it silently became momentum of other entries."""
     run = Run(NeuronConfig(local_steps=2, momentum=momentum), 2, net="plain")
     assert not any(run_threads(leave_state_behind, 2, run, how)[0])
 

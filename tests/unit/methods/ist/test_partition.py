@@ -1,4 +1,4 @@
-"""Who holds which neuron: the rules of IST, and that all workers draw the same."""
+"""Partitions of neurons: the rules of IST, and that all workers draw the same."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_with_a_least_share_neurons_have_as_many_holders_as_one_another_or_one_m
 
 
 def test_workers_that_share_neurons_in_a_layer_are_not_those_that_share_them_in_the_next():
-    """Or in a round 7 of 8 entries of an inner matrix would train, where 69 of 70 can."""
+    """Else 7 of 8 entries of an inner matrix would train in a round, where 69 of 70 can."""
     trained, rounds = 0, 40
     for round in range(rounds):
         rows, columns = draw_neurons((16, 16), 8, 3, round, 0.5)

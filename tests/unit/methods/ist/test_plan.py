@@ -1,4 +1,4 @@
-"""Contracts 3 and 4 for neurons, on paper: every entry gets to where the next round needs it, and only once."""
+"""Contracts 3 and 4 for neurons, on paper: every entry gets to its place in the next round, and only once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ World = dict[tuple[int, str, tuple[int, int]], tuple[int, int]]
 
 
 def all_pieces(cut: Cut, plan: NeuronPlan) -> list[Piece]:
-    """Each once: a piece between two workers stands in the lists of both."""
+    """All pieces, each once: one between two workers is in the lists of both."""
     workers = range(plan.before[0].workers)
     return [piece for worker in workers for piece in pieces(cut, plan, worker) if piece.source == worker]
 
 
 def world(cut: Cut, plan: NeuronPlan) -> World:
-    """In every place where an entry may be looked up, the entry itself, and in stale places of stores nothing."""
+    """Every current place of an entry has the entry itself, and stale places of stores have nothing."""
     return {(*place(cut, plan.before, entry), entry): entry for entry in entries(cut, plan.before)}
 
 

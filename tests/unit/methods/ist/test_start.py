@@ -43,7 +43,7 @@ def form(run: Run) -> nn.Module:
 
 
 def trained(collective, run, nets):
-    """Bytes sent at the start, the shapes that are held then, and the full model after a sync."""
+    """Bytes sent at the start, the shapes held then, and the full model after the training."""
     with ONE_AT_A_TIME:
         net = nets[collective.worker]
         optimizer = make_optimizer(run, net)
@@ -62,7 +62,7 @@ def trained(collective, run, nets):
 
 
 def bytes_by_hand(layout: NeuronLayout) -> int:
-    """What worker 0 sends: of a divided tensor each entry once, to its place, unless it is at home there."""
+    """Bytes that worker 0 sends: with one holder each entry of a divided tensor once, unless its place is worker 0."""
     held = layout.partition(0)
     shared = packed_bytes(layout.shared.values())
     total = (WORKERS - 1) * shared

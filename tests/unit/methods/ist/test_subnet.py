@@ -18,7 +18,7 @@ WORKERS = 3
 
 
 def silenced(net, engine, held, x):
-    """The full model whose layers read zero of other neurons; where no norm follows, what they read is scaled."""
+    """Outputs of the full model with zeros for other neurons; where no norm follows, inputs are scaled."""
     neurons = engine.layout.neurons
     scaled = dict(neurons.rescaled)
     handles = []
@@ -41,7 +41,7 @@ def read(mask, layer, inputs):
 
 
 def compute(collective, run, training):
-    """What this worker's subnet computes, and its gradients; beside that the full model's, silenced."""
+    """This worker's held neurons, its batch, and its subnet's outputs, gradients and state."""
     engine, _ = start_engine(run, collective)
     held = [list(partition.held[collective.worker]) for partition in engine.partition]
     x, y = batch_of(run, collective.worker, 0)
@@ -71,13 +71,13 @@ def test_a_subnet_is_the_full_model_whose_other_neurons_are_silent(net, training
             torch.testing.assert_close(gradients[name], mine, rtol=1e-3, atol=1e-6, msg=name)
             assert parameter.grad.count_nonzero() == mine.count_nonzero(), f"{name} has a gradient elsewhere"
         assert any(gradient.any() for gradient in gradients.values())
-        if training and net != "mixed":  # what is written by hand moves no statistics
+        if training and net != "mixed":  # the forward by hand updates no statistics
             for name, buffer in full.named_buffers():
                 torch.testing.assert_close(state[name], slice_of(engine.layout, buffer, name, partitions, worker))
 
 
 def test_where_no_norm_follows_the_mean_over_subnets_of_a_linear_network_is_the_full_model():
-    """Each worker's sum is scaled to what it is in the mean; with equal shares of one layer, exactly."""
+    """Each worker's sum is scaled to the expected full sum; with equal shares of one layer, exactly."""
     run = Run(NeuronConfig(layers="0"), 0, "plain")
     full = make_net(Run(run.config, 0, "plain"))
     x, _ = batch_of(run, 0, 0)

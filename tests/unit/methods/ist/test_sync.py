@@ -1,4 +1,4 @@
-"""Whole trainings by engines in one process, whose workers are threads: what becomes of every entry.
+"""Whole trainings by engines in one process, whose workers are threads, checked entry by entry.
 
 With real processes: tests/distributed/test_ist_training.py.
 """
@@ -36,7 +36,7 @@ NETS = ("paper", "mixed", "biased", "plain", "conv")
 
 ONE = {"min_share": 0}
 HOLDERS = (ONE, ONE, {}, {"min_share": 0.6}, {"min_share": 1}, {"growth": (0.1, 0.5, 0.8)}, {**ONE, "finish_rounds": 1})
-"""One holder for each neuron; the default; several; all; and more and more of them."""
+"""One holder for each neuron; the default; several; all; and a growing number."""
 
 
 @st.composite
@@ -51,7 +51,7 @@ def runs(draw):
         layers=draw(st.sampled_from([None, "0"])),
         **draw(st.sampled_from(HOLDERS)),
     )
-    # Of a bias before batch norm the gradient is rounding, which Adam blows up to steps of full length.
+    # The gradient of a bias before batch norm is rounding noise, which Adam blows up to steps of full length.
     optimizer = draw(st.sampled_from(["sgd"] if net == "biased" else ["sgd", "adamw"]))
     return Run(config, draw(st.integers(1, 7)), net, optimizer), draw(st.integers(2, 4))
 
@@ -71,7 +71,7 @@ def test_workers_train_what_the_reference_trains(drawn):
 
 
 def travel_without_training(collective, run):
-    """Rounds in which no optimizer steps: slices are cut, handed over, and put together again."""
+    """Rounds in which no optimizer steps: slices are cut, handed over, and assembled again."""
     engine, _ = start_engine(run, collective)
     seen = []
     for _ in range(run.steps):
@@ -88,7 +88,7 @@ def travel_without_training(collective, run):
 @settings(max_examples=8)
 @given(runs())
 def test_cutting_and_assembling_is_the_identity_and_so_is_every_hand_over(drawn):
-    """Check 3 of section 8, over as many rounds as there are steps; of shared tensors a mean may round."""
+    """Check 3 of section 8, over as many rounds as there are steps; means of shared tensors may be rounded."""
     run, workers = drawn
     run = replace(run, config=replace(run.config, local_steps=1, momentum="reset", batch_norm="running", layers=None))
     expected = clone_state(make_net(run))
@@ -101,7 +101,7 @@ def test_cutting_and_assembling_is_the_identity_and_so_is_every_hand_over(drawn)
 
 
 def note_slices(collective, run):
-    """For each step: the round, what this worker has before its sync, and the full model as it is seen there."""
+    """For each step: the round, and this worker's tensors and the full model before the sync."""
     notes = []
 
     def note(engine, step):
@@ -115,7 +115,7 @@ def note_slices(collective, run):
 @settings(max_examples=8)
 @given(runs())
 def test_every_slice_is_in_the_full_model_as_its_worker_has_it_and_the_rest_is_as_it_was(drawn):
-    """Checks 2 and 4 of section 8: a copy where one worker holds an entry, and not a bit where nobody does."""
+    """Checks 2 and 4 of section 8: a copy where one worker holds an entry, unchanged bits where none does."""
     run, workers = drawn
     run = Run(NeuronConfig(local_steps=2, seed=run.config.seed, batch_norm="running", **ONE), run.steps, run.net)
     noted, _ = run_threads(note_slices, workers, run)
@@ -143,7 +143,7 @@ def test_every_slice_is_in_the_full_model_as_its_worker_has_it_and_the_rest_is_a
 @settings(max_examples=6)
 @given(st.sampled_from(NETS), st.integers(1, 4), st.sampled_from(MOMENTA), st.integers(1, 9))
 def test_one_worker_is_plain_training(net, local_steps, momentum, steps):
-    """Check 1 of section 8, bit for bit; with the momentum that restarts, or goes on."""
+    """Check 1 of section 8, bit for bit; with momentum that restarts, or continues."""
     run = Run(NeuronConfig(local_steps=local_steps, momentum=momentum), steps, net)
     _, state = train_engine(run, 0)
     assert_equal_states(state, clone_state(plain_training(run)[0]), exactly=True)
@@ -219,7 +219,7 @@ def test_modules_know_their_widths_in_the_subnet_and_in_the_full_model():
 
 
 def drop_one(collective, run):
-    """Worker 1 comes to the sync with NaN: what each had when the round began and ended, and the full model after."""
+    """Sync with NaN on worker 1: the full model before, the worker's tensors at the end, and the full model after."""
     engine, optimizer = start_engine(run, collective)
     began = full_state(engine)
     train_step(engine.module, optimizer, batch_of(run, collective.worker, 0))
@@ -255,7 +255,7 @@ def test_a_worker_that_is_left_out_does_not_count_where_another_holds_the_neuron
 
 
 def watch_evaluations(collective, run):
-    """After each step: what this worker has, before and after it looked; the full model if it saw it; bytes sent."""
+    """After each step: this worker's tensors, the full model if it has it, and bytes sent; and the final model."""
     found = []
 
     def look(engine, step):
@@ -270,7 +270,7 @@ def watch_evaluations(collective, run):
 
 @pytest.mark.parametrize("holders", HOLDERS[1:])
 def test_worker_0_may_assemble_the_full_model_alone(holders):
-    """What is trained and what is seen is what it is where all workers assemble it, for fewer bytes."""
+    """Training and observations are the same as if all workers assembled it, for fewer bytes."""
     config = NeuronConfig(local_steps=2, momentum="travel", batch_norm="running", **holders)
     everywhere, first = (
         run_threads(watch_evaluations, 3, Run(replace(config, evaluate_on=where), 6, "mixed"))[0]

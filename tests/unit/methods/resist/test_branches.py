@@ -1,4 +1,4 @@
-"""Where branches end: found where scaling the tensors scales each branch, refused where a block only looks residual."""
+"""Branch ends: found if scaling the tensors scales each branch, refused if a block only looks residual."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS, IMAGE = (3, 5, WIDTH), (3, WIDTH, 6, 6)
 
 
 class Made(nn.Module):
-    """A block of two layers, and how its forward puts them together."""
+    """A block of some layers, and a function that combines them in its forward."""
 
     def __init__(self, forward: Callable[[Made, Tensor], Tensor]) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ ENTANGLED = {
         lambda b, x: (y := x + b.se(b.conv(x))) + b.last(b.se(y)), IMAGE
     ),
 }  # fmt: skip
-"""Each is linear in both ends, one after the other, but no scale on both scales the branches."""
+"""Blocks that are linear in both ends, one after the other, but no scale on both scales the branches."""
 WHOLE = {
     "pre-norm": (lambda: EncoderBlock(norm_first=True), TOKENS, {"out.weight out.bias", "down.weight down.bias"}),
     "post-norm": (lambda: EncoderBlock(norm_first=False), TOKENS, {"out.weight out.bias", "down.weight down.bias"}),
@@ -184,14 +184,14 @@ class StateSpace(nn.Module):
 
 
 def test_a_part_of_a_branch_is_no_branch_of_its_own() -> None:
-    """In Mamba D and the output projection were both scaled: D is applied first, but its module returns last."""
+    """In Mamba, D and the output projection were both scaled: D is applied first, but its module returns last."""
     body = made(lambda b, x: x + b.mixer(b.norm(x)), torch.randn(TOKENS), mixer=StateSpace())
 
     assert ends_of(body, torch.randn(TOKENS)) == {"mixer.out.weight"}
 
 
 class Two(nn.Module):
-    """Two branches, one after the other, that may be left out or bent; ``expected`` is the same by hand."""
+    """Two branches in sequence, with optional stochastic depth; ``expected`` is the scaled block by hand."""
 
     def __init__(self, drop: nn.Module | None = None) -> None:
         super().__init__()
@@ -314,13 +314,13 @@ def test_sixteen_bits_tell_the_same(kind: str, dtype: torch.dtype) -> None:
 
     found = ends_of(made(forward, x), x, dtype)
 
-    # The small effect of a gate drowns in rounding, so a block that ends in one is hooked.
+    # The small effect of a gate is lost in rounding, so a block that ends in one gets hooks.
     gated = any(" / " in end for ends in expected for end in ends)
     assert found == (set() if gated or not expected else expected[0])
 
 
 class Kernel(EncoderBlock):
-    """As with attention on GPUs: there is none for single precision."""
+    """A block without a kernel for single precision, like some attention on GPUs."""
 
     def attend(self, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16:

@@ -1,4 +1,4 @@
-"""What stands in for an absent block: its input, however the block is called and whatever is done with its output."""
+"""An absent block returns its input, for any way to call it and any use of its output."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_the_network_writes_into_is_a_copy_and_what_one_step_has_told_is_ke
     subnet.hold([])
     x = torch.randn(2, TOKENS, WIDTH)
     before = x.clone()
-    for _ in range(2):  # of two calls in a step, the second comes before the network writes
+    for _ in range(2):  # the second call of a step comes before the network writes
         written, read = blocks[0].module(x), blocks[1].module(x)
         written.view(-1).mul_(0.5)
     subnet.end_step()
@@ -121,7 +121,7 @@ def test_blocks_called_by_keyword_train_like_those_called_by_position_and_like_t
 
 
 class Writes(nn.Module):
-    """Scales what each block returns, in place or not, and needs the first block's input at the end."""
+    """Scales each block's output, in place or not, and needs the first block's input at the end."""
 
     def __init__(self, scale: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def halve_in_place(x: Tensor) -> Tensor:
 
 
 def test_a_network_that_writes_into_what_a_block_returns_trains_as_one_that_does_not() -> None:
-    """It overwrote the absent block's input, in silence."""
+    """It silently overwrote the absent block's input."""
     net = Writes(halve)
     in_place = copy.deepcopy(net)
     in_place.scale = halve_in_place

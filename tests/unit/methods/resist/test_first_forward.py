@@ -1,4 +1,4 @@
-"""What a block's first forward tells: whether leaving it out is the identity, up to its residual branch."""
+"""Findings of a block's first forward: whether leaving out its residual branch makes it the identity."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def wrapped(inside: nn.Module) -> nn.Module:
 
 
 def everything_of(module: nn.Module) -> list[Any]:
-    """Tensors by identity and bits, hooks and attributes."""
+    """A module's tensors, by identity and bits, its hooks and attributes."""
     found: list[Any] = []
     for child in module.modules():
         found.append({key: value for key, value in vars(child).items() if not isinstance(value, Tensor)})
@@ -215,7 +215,7 @@ def test_a_block_that_is_absent_in_code_that_is_compiled_around_it_is_refused():
     block, x = block_at("1", net[1]), torch.randn(2, WIDTH)
     around = torch.compile(net, backend="eager")
     FirstForward([block])
-    net(x)  # a first forward by itself, and compiled later
+    net(x)  # a first forward alone, and compiled later
     assert torch.equal(around(x), net(x))
     SubnetBlock(block).free()
     with pytest.raises(BlockSelectionError, match="block '1' lies in code"):

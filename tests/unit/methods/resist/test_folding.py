@@ -20,7 +20,7 @@ def test_folding_multiplies_the_residual_branch(kind, scale):
     block, module, x = block_of(kind)
     with torch.no_grad():
         original = branch(module, x)
-        torch.testing.assert_close(module(x), ended(module, x + original))  # the second writing is right
+        torch.testing.assert_close(module(x), ended(module, x + original))  # the second implementation is right
         fold(folded([block]), scale)
         torch.testing.assert_close(module(x), ended(module, x + scale * original), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(module(x), ended(module, x + original))

@@ -79,7 +79,7 @@ def test_a_sync_makes_its_fragment_equal_and_leaves_the_others_as_they_are() -> 
 
 
 def remainders_after_each_sync(collective: Collective, run: Run) -> list[set[str]]:
-    """Names of the tensors from which rounding has taken something that is added later."""
+    """After each step, names of the tensors with a rounding remainder that is added later."""
     engine, optimizer = start_engine(collective, run)
     found = []
     for step in range(run.steps):

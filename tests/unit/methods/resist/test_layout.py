@@ -1,4 +1,4 @@
-"""What belongs to whom, how many bytes it has, and what the user is told."""
+"""Tensors of each worker, their bytes, and messages for the user."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_state_that_travels_has_its_size(optimizer, slots, numbers):
 
 @pytest.mark.parametrize("name", ["SGD", "Rprop", "NAdam"])
 def test_asking_for_sizes_makes_no_state(name):
-    """Zeros are not where Rprop, NAdam, or SGD with dampening begin: a report of bytes would change the training."""
+    """Rprop, NAdam, and SGD with dampening do not begin with zeros: a report of bytes would change the training."""
     net = small_preact()
     optimizer = getattr(torch.optim, name)(net.parameters(), **({"momentum": 0.9} if name == "SGD" else {}))
     BlockLayout(net, Config(min_blocks=1, momentum="travel"), 2).sizes(OptimizerStates([optimizer]))
@@ -261,7 +261,7 @@ def test_a_resumed_run_goes_on_with_its_measured_counts_and_measures_anew_withou
 
 def test_a_resumed_run_goes_on_with_its_chosen_overlap_and_measures_anew_without():
     before = measured(Config(min_blocks=1, overlap="auto", warmup_rounds=1))
-    assert before.overlaps.chosen == (4, 11)  # of the rounds after the warm-up: 1.2 x 9 s / 1 s
+    assert before.overlaps.chosen == (4, 11)  # from the rounds after the warm-up: 1.2 x 9 s / 1 s
     assert [before.overlapped_steps(round) for round in (3, 4)] == [0, 11]
     after = BlockLayout(small_preact(), before.config, 2)
     assert after.digest() != before.digest()
@@ -307,7 +307,7 @@ END = BranchEnd(("inside.weight", "inside.bias"), "inside")
 
 
 def seen_by_one_worker(ends: list[tuple[BranchEnd, ...] | None], *, stepped: bool = True) -> None:
-    """Let a worker say where the branches of its blocks end."""
+    """Let a worker report the branch ends of its blocks."""
     layout = BlockLayout(mlp(Undeclared), Config(min_blocks=1, blocks="body.*"), 2)
     for block, known in zip(layout.blocks, ends, strict=True):
         block.seen.ends = known

@@ -1,4 +1,4 @@
-"""Which blocks are chosen: the paper's rule, globs, predicates; and what is refused."""
+"""Choice of blocks: the paper's rule, globs, predicates; and refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def names(module, choice=None):
 
 
 def all_but_first(section: str, counts: tuple[int, ...]) -> list[str]:
-    """The blocks of all sections of a ResNet, without the first of each."""
+    """Names of a ResNet's blocks, without the first of each section."""
     return [f"{section}{number}.{index}" for number, count in enumerate(counts, 1) for index in range(1, count)]
 
 
@@ -173,7 +173,7 @@ def test_a_block_that_shares_a_weight_is_refused():
     with pytest.raises(BlockSelectionError, match=r"section3\.1\.conv1\.weight, section3\.2\.conv1\.weight.*tied"):
         select_blocks(net, "section3.*")
     assert names(net, "section3.[34]") == ["section3.3", "section3.4"]
-    # The default leaves it shared, and says so.
+    # By default it stays shared, with a message.
     assert names(net) == ["section3.3", "section3.4"]
     assert left_out(net, None) == ("section3.1", "section3.2")
 
@@ -275,7 +275,7 @@ def test_layers_among_blocks_stay_shared_under_a_glob_and_are_reported():
 
 
 class Wider(MlpBlock):
-    """Its layers as they are registered say nothing of its shape; it is declared."""
+    """A block whose shape does not follow from its registered layers, but is declared."""
 
     def __init__(self, width):
         super().__init__(width)

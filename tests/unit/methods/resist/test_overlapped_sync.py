@@ -67,7 +67,7 @@ def run_in_transit() -> Run:
 
 
 def test_a_run_that_resumes_while_a_sync_is_under_way_is_the_run_that_was_not_stopped() -> None:
-    stops = (ROUND + 1, ROUND + 3, 2 * ROUND)  # behind the border, when blocks have left too, and between two rounds
+    stops = (ROUND + 1, ROUND + 3, 2 * ROUND)  # after the border, after blocks have left, too, and between two rounds
     late = BlockLayout(make_model(run_in_transit()), run_in_transit().config, 3).overlap_of_blocks(3)
     assert ROUND - 3 <= 1 < ROUND - late <= 3
     initial = clone_state(make_model(run_in_transit()))
@@ -84,10 +84,10 @@ AUTO: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def measured(collective: Collective, run: Run, initial: State) -> tuple[dict[str, Any], list[State]]:
-    """What a run chose, and how it ends; then how it ends if it is resumed while a sync is under way."""
+    """The overlap that a run chose, and its end, without and with a resume while a sync is under way."""
     slow_down(collective, 0.05)
     engine, optimizer = start_engine(collective, run, initial)
-    under_way = 3 * waiting_rounds(run.config.fragments) + 2  # a border is one step or two before the end of a round
+    under_way = 3 * waiting_rounds(run.config.fragments) + 2  # a border is one or two steps before the end of a round
     train_steps(engine, optimizer, range(under_way))
     assert engine.sync.under_way
     with engine.full_model("checkpoint"):
@@ -143,11 +143,11 @@ def test_a_checkpoint_of_a_run_with_overlap_does_not_continue_one_without() -> N
     net = make_model(run_in_transit())
     ahead, waiting = (BlockLayout(net, Config(min_blocks=1, overlap=steps), 2).identity() for steps in (1, 0))
     assert ahead != waiting
-    assert "overlap" not in waiting  # as in checkpoints from before
+    assert "overlap" not in waiting  # as in older checkpoints
 
 
 def looked_at(collective: Collective, run: Run) -> list[tuple[State, State, State]]:
-    """In transit, and when a sync was applied: what a worker holds before and after it looks at the full model."""
+    """During and after a sync: a worker's tensors before and after an observation, and the full model."""
     engine, optimizer = start_engine(collective, run)
     seen = []
     for first, last, under_way in ((0, ROUND - 1, True), (ROUND - 1, ROUND, False)):
@@ -214,7 +214,7 @@ def unequal(collective: Collective, run: Run) -> None:
     train_steps(engine, optimizer, range(ROUND - 1))
     engine.sync.wait_overlapped()
     if collective.worker == 1:
-        engine.sync._transit.agreed()["stem.weight"].add_(1)  # a value that got lost on its way
+        engine.sync._transit.agreed()["stem.weight"].add_(1)  # a value that is damaged on its way
     train_steps(engine, optimizer, range(ROUND - 1, 2 * ROUND))
     engine.abandon()
 
@@ -226,7 +226,7 @@ def test_workers_compare_what_has_arrived_although_each_has_learned_something_el
 
 
 class Drifting(nn.Module):
-    """A shared layer, with a buffer that it replaces in each forward by an object of its own."""
+    """A shared layer, with a buffer that each forward replaces by a new object."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class Drifting(nn.Module):
 
 
 def drift(collective: Collective) -> list[list[float]]:
-    """Weight and buffer after each of four steps, of which the sync of the second has the border at the first."""
+    """Weight and buffer after each of two steps; the sync at the second has its border at the first."""
     net = Drifting()
     optimizer = torch.optim.SGD(net.parameters(), 1.0)
     engine = Engine(net, [optimizer], Config(local_steps=2, overlap=1, blocks=[]), collective=collective)
@@ -256,7 +256,7 @@ def drift(collective: Collective) -> list[list[float]]:
 
 
 def test_weights_keep_what_they_have_learned_and_buffers_take_what_has_arrived() -> None:
-    """By hand. Gradients are the inputs: 1 and 3 on worker 0, 2 and 4 on worker 1."""
+    """By hand: gradients are the inputs, 1 and 3 on worker 0, 2 and 4 on worker 1."""
     first, second = run_threads(drift, 2)[0]
     assert first == [[0.0, 5.5], [-0.5 - 3.0, 5.75]]
     assert second == [[-1.0, 6.0], [-0.5 - 4.0, 5.75]]

@@ -67,7 +67,7 @@ def test_a_run_grows_in_stages_of_equally_many_rounds_between_warm_up_and_finish
     assert [schedule.partition(round) for round in (1, 4)] == [
         draw_partition(8, 4, n, 0, r) for n, r in ((2, 1), (4, 4))
     ]
-    # By where the run is, not by how it came there.
+    # By the position of the run, not by its path.
     assert (
         grown(Clock(10, round=4, step=7, steps_before=40), 95, growth=[0.25, 0.5, 1], warmup_rounds=1, finish_rounds=1)
         == schedule
@@ -137,7 +137,7 @@ SLOW_LAST = {1: [3.0, 3.1, 9.0], 2: [5.0, 5.1, 15.0], 3: [3.0, 3.1, 99.0], 4: [5
 
 
 def learn_all(schedule, rows, first=0, rounds=7):
-    """The schedules after each of the first rounds."""
+    """The schedules learned after each of the first rounds."""
     schedules = [schedule]
     for round in range(first, first + rounds):
         schedules.append(schedules[-1].learn(round, rows.get(round, [1.0] * schedule.workers)))
@@ -155,11 +155,11 @@ def test_rounds_that_are_measured_have_few_and_many_blocks_and_then_shares_follo
     last = learn_all(AUTO, SLOW_LAST)[-1]
     sizes = [tuple(map(len, last.partition(round).held)) for round in range(9)]
     assert sizes == [(2, 2, 2), *[(2, 2, 2), (4, 4, 4)] * 2, (2, 2, 2), *[(3, 2, 1)] * 3]
-    assert last.counts == ((6, (3, 2, 1)),)  # of rounds 1 and 3 the shorter one counts
+    assert last.counts == ((6, (3, 2, 1)),)  # the shorter one of rounds 1 and 3 counts
 
 
 def test_the_next_round_s_partition_never_changes_once_a_round_has_begun():
-    """An evaluation in a round shows what its sync would make, so it needs the same plan."""
+    """An evaluation in a round shows the result of its sync, so it needs the same plan."""
     for round, (before, after) in enumerate(zip(*(learn_all(AUTO, SLOW_LAST)[i:] for i in (0, 1)), strict=False)):
         assert [before.partition(r) for r in range(round + 2)] == [after.partition(r) for r in range(round + 2)]
 

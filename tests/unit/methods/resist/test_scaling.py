@@ -40,7 +40,7 @@ def test_a_block_of_unknown_kind_is_scaled_as_a_difference(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_scale_as_folding_does_in_training_mode_too(kind):
-    """For warm-up: scaled while it trains, with no weight touched."""
+    """For warm-up: scaled while it trains, without a change of weights."""
     block, module, x = block_of(kind)
     module.train()
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_a_last_layer_that_is_not_linear_in_its_weight_is_scaled_one_way_or_the_
 
 
 class Attending(nn.Module):
-    """A block with more inputs than the one that it adds to."""
+    """A block with an input beside the one to which it adds."""
 
     def __init__(self, width=6):
         super().__init__()
@@ -154,7 +154,7 @@ def test_a_hooked_block_may_be_called_by_keyword_and_with_more_inputs(call):
 
 
 class Gated(Undeclared):
-    """Its branch ends in a submodule without weights."""
+    """A block whose branch ends in a submodule without weights."""
 
     residual_branch_end = "gate"
 
@@ -210,7 +210,7 @@ def test_a_copy_made_before_the_first_forward_hooks_neither_itself_nor_the_origi
 
 
 def scaled_blocks(collective: Collective) -> tuple[list[str], list[str]]:
-    """Names of the blocks that are scaled when a run has grown, and of those that are held."""
+    """Names of the blocks that are scaled when a run has grown, and of the held ones."""
     model = mlp(Undeclared)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = Config(local_steps=1, blocks="body.*", growth=[0.5, 0.75])
@@ -219,7 +219,7 @@ def scaled_blocks(collective: Collective) -> tuple[list[str], list[str]]:
     for _ in range(2):
         engine.after_step()
     blocks = engine.layout.blocks
-    # A block that has not run is scaled by what its first forward will show.
+    # A block that has not run is scaled after its first forward.
     scaled = [block.name for block in blocks if any(map(_waits, block.module._forward_pre_hooks.values()))]
     held = [blocks[index].name for index in engine.partition.held[collective.worker]]
     engine.abandon()
@@ -231,7 +231,7 @@ def _waits(hook: object) -> bool:
 
 
 def test_only_blocks_that_are_there_are_scaled() -> None:
-    """Of others the gradient would pass through x + s (x - x), and be rounded."""
+    """For others the gradient would pass through x + s (x - x), and be rounded."""
     for scaled, held in run_threads(scaled_blocks, 2)[0]:
         assert scaled == held
         assert len(held) == 3

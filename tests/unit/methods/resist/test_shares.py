@@ -1,4 +1,4 @@
-"""Shares in proportion to speed: as quick as any other counts, and equal where workers are equally fast."""
+"""Shares in proportion to speed: as fast as any other counts, and equal if workers are equally fast."""
 
 from __future__ import annotations
 

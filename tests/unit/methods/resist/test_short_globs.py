@@ -1,4 +1,4 @@
-"""Globs that choose exactly some blocks."""
+"""Globs that match exactly the given blocks."""
 
 from __future__ import annotations
 

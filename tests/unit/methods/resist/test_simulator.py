@@ -1,4 +1,4 @@
-"""The oracle is itself checked: against the method written down by hand, on scalars (spec 2.1)."""
+"""Checks the reference simulator against the method by hand, on scalars (spec 2.1)."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_an_overlapped_sync_brings_what_was_sent_at_its_border_and_keeps_what_wa
     assert full.stem.weight.item() == pytest.approx(stem, abs=1e-12)
     assert [link.weight.weight.item() for link in full.body] == pytest.approx(links, abs=1e-12)
     if workers > 1 or outer is not None:
-        assert links != pytest.approx(trained[0][1], abs=1e-4)  # an overlap is not without effect
+        assert links != pytest.approx(trained[0][1], abs=1e-4)  # an overlap has an effect
 
 
 def test_by_default_the_state_of_adam_stays_at_a_sync():
@@ -209,7 +209,7 @@ def test_growth_to_one_share_is_that_many_blocks_and_growth_to_all_is_a_warm_up(
     run = Run(Config(local_steps=2, min_blocks=3, momentum="travel"), steps=7)
     pairs = (
         (run.config, replace(run.config, min_blocks=None, growth=[0.75, 0.75])),
-        # Half of four blocks at first: the scale of the first stage, and not that of three blocks.
+        # Half of four blocks at first: the scale of the first stage, not of three blocks.
         (replace(run.config, min_blocks=2, finish_rounds=2), replace(run.config, min_blocks=None, growth=[0.5, 1])),
     )
     for plain, growing in pairs:
@@ -218,7 +218,7 @@ def test_growth_to_one_share_is_that_many_blocks_and_growth_to_all_is_a_warm_up(
 
 
 def test_a_later_stage_trains_scaled_branches():
-    """By hand: of five links a worker has three at first (shares of 0.5), and four later."""
+    """By hand: a worker has three of five links at first (shares of 0.5), and four later."""
     config = Config(local_steps=1, blocks="body.*", growth=[0.5, 0.8])
     simulator = Simulator(
         by_hand.chain(0.8, LINKS), lambda net: torch.optim.SGD(net.parameters(), 0.0), config, 2, total_steps=2
@@ -281,7 +281,7 @@ def test_simulated_workers_have_no_speed():
 
 
 def thaw(step, model):
-    """Before the third round of two steps, all that was frozen trains."""
+    """Unfreeze everything before the third round of two steps."""
     if step == 4:
         model.requires_grad_(True)
 
@@ -298,7 +298,7 @@ def trained_and_thawed(collective, run):
 
 @pytest.mark.parametrize("wire", ["int8", "int2"])
 def test_what_is_unfrozen_between_rounds_is_sent_as_workers_send_it(wire):
-    """Exactly in its first round, as they did not know it alike when that began."""
+    """It is sent exactly in its first round, as workers did not know of it when that began."""
     run = Run(Config(local_steps=2, min_blocks=3, batch_norm="running", wire=wire), 9, frozen=("section1", "section3"))
     states, _ = run_threads(trained_and_thawed, 2, run)
 

@@ -1,4 +1,4 @@
-"""The start of ResIST: each worker gets what its first partition gives it of worker 0's module, and no more."""
+"""The start of ResIST: each worker gets its first part of worker 0's module, and no more."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def form() -> nn.Module:
 
 
 def started(collective, nets, optimizer_class):
-    """Bytes sent at the start, what is held then, and the full model after a sync."""
+    """Bytes sent at the start, the tensors held then, and the full model after the training."""
     net = nets[collective.worker]
     optimizer = optimizer_class(net.parameters(), lr=0.01)
     engine = Engine(net, [optimizer], CONFIG, collective=collective)

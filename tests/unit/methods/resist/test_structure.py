@@ -1,4 +1,4 @@
-"""Blocks that are found by structure: twins in a container that add to something."""
+"""Blocks that are found by structure: several of a class in a container, with an addition in the forward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.helpers.hand_written import Encoder, EncoderBlock, ResidualLayer, UNe
 
 
 class Chain(nn.Module):
-    """Two layers, and nothing added."""
+    """Two layers, without an addition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Chain(nn.Module):
 
 
 class Counts(Chain):
-    """Adds a number to a counter, as some layers do."""
+    """Adds to a counter only, as some layers do."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls = getattr(self, "calls", 0) + 1
@@ -49,7 +49,7 @@ class AddsInHelper(Chain):
 
 
 class Inherits(Adds):
-    """Its forward is its parent's."""
+    """Inherits its parent's forward."""
 
 
 class Extends(Adds):
@@ -58,7 +58,7 @@ class Extends(Adds):
 
 
 class Replaces(Adds):
-    """What its parent adds is not called."""
+    """Does not call its parent's addition."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(x)
@@ -70,7 +70,7 @@ class Mixin:
 
 
 class Mixed(Mixin, Chain):
-    """Its forward is that of a class which is no module."""
+    """Has the forward of a class that is not a module."""
 
 
 class Stage(nn.Module):

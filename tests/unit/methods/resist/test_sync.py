@@ -64,7 +64,7 @@ def kept(engine: Engine) -> dict[str, dict[str, Tensor]]:
 
 
 def names_kept(collective: Collective, config: Config) -> list[tuple[set[str], set[str], set[str]]]:
-    """After each sync: whose velocities and beginnings a worker has, and whose it needs at the next one."""
+    """After each sync: names of tensors with a velocity, with a start value, and of those that the next sync steps."""
     found = []
     engine, optimizer = engine_of(collective, config)
     for round in range(1, 5):
@@ -92,7 +92,7 @@ def test_a_worker_keeps_what_the_step_needs_of_shared_layers_and_of_the_blocks_t
 
 
 def spoilt(collective: Collective, config: Config) -> dict[str, State]:
-    """What a worker had when a round began, when it ended with NaN on one of them, and after the sync."""
+    """A worker's tensors when a round began, when it ended with NaN on one worker, and after the sync."""
     engine, optimizer = engine_of(collective, config)
     train_steps(engine, optimizer, range(2))
     began, velocity = present_state(engine.module), {n: v.clone() for n, v in kept(engine)["velocity"].items()}
@@ -131,7 +131,7 @@ def test_where_a_worker_is_left_out_the_others_mean_is_stepped_and_its_own_block
             past = 0.8 * velocities[0] + change
             expected = mean - (-0.5 * change + 0.5 * 0.8 * past)
             stepped += torch.allclose(after, expected, rtol=1e-5, atol=1e-6)
-            # A block that another worker merges than was planned is the mean, and begins without velocity.
+            # A block that is not merged by the planned worker is the mean, and begins without velocity.
             assert torch.allclose(after, expected, rtol=1e-5, atol=1e-6) or torch.allclose(after, mean, atol=1e-6)
     assert stepped > len(workers[0]["full"]) / 4
     assert alone > 0 or least == 3
@@ -140,7 +140,7 @@ def test_where_a_worker_is_left_out_the_others_mean_is_stepped_and_its_own_block
 
 
 def unbroken_and_resumed(collective: Collective, config: Config) -> list[State]:
-    """Stopped within a round and right after a sync, by what a snapshot has, and between two handshakes."""
+    """The end of a run, and of runs resumed from snapshots within a round and right after a sync."""
     engine, optimizer = engine_of(collective, config)
     saved = []
     for step in range(10):
@@ -188,7 +188,7 @@ def saved_of(collective: Collective, config: Config) -> tuple[Any, Any, State]:
 
 
 def resumed_by_others(collective: Collective, config: Config, saved: tuple[Any, Any, State]) -> tuple[bool, int, State]:
-    """Whether the partition is the same, from how many velocities, and what two more rounds make of it."""
+    """Whether the resume is exact, its number of velocities, and the full model after two more rounds."""
     place, own, weights = saved
     model = make_model(Run(config, steps=0))
     optimizer = make_optimizer(Run(config, steps=0), model)

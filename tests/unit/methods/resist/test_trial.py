@@ -1,4 +1,4 @@
-"""A module runs with other weights, and is as before when it has."""
+"""A trial runs a module with other weights, and leaves it as before."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_absent_tensors_are_made() -> None:
 
 
 class Cache:
-    """Keys and values, as transformers has them."""
+    """A cache of keys and values, like that of transformers."""
 
     def __init__(self) -> None:
         self.keys, self.length = [torch.ones(2)], 3

@@ -15,7 +15,7 @@ from resist_lightning.strategies.data.equal_epochs import end_epochs_together
 
 
 class Pretended(SoloCollective):
-    """The first worker of several whose numbers are known."""
+    """The first of several workers; the others' numbers are given."""
 
     def __init__(self, others: list[float]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Pretended(SoloCollective):
 
 
 def cut(lengths: Sequence[Any], mode: Any, limit: Any, others: list[float]) -> tuple[int | None, list[str]]:
-    """Batches of an epoch, as Lightning counts them, and what was said."""
+    """The number of batches in an epoch, as counted by Lightning, and the warnings."""
     loader = CombinedLoader([range(n) if isinstance(n, int) else n for n in lengths], mode)
     loader.limits = limit
     with warnings.catch_warnings(record=True) as caught:

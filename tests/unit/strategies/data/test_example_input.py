@@ -19,7 +19,7 @@ from tests.helpers.trainers import QUIET
 
 
 class Module(L.LightningModule):
-    """Its hooks leave their mark; ``found`` is the example that was made when training began."""
+    """A module with hooks that change batches; ``found`` is the example made when training began."""
 
     def __init__(self, which: int | str | None = None) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Rows(Dataset[Any]):
 
 
 class Stream(IterableDataset[Any]):
-    """As many items as asked for, in several passes."""
+    """A given number of items; can be read in several passes."""
 
     def __init__(self, items: int) -> None:
         self.items = items
@@ -77,7 +77,7 @@ class Stream(IterableDataset[Any]):
 
 
 class Once(Stream):
-    """An iterator itself."""
+    """A data set that is its own iterator."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -87,7 +87,7 @@ class Once(Stream):
 
 
 def example(loader: Any, which: int | str | None = None, module: Module | None = None) -> Tensor:
-    """What :func:`example_input` gives in a Trainer."""
+    """The result of :func:`example_input` in a Trainer."""
     module = module or Module()
     module.which = which
     L.Trainer(**QUIET, max_steps=1).fit(module, loader)

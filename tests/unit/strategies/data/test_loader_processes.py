@@ -1,4 +1,4 @@
-"""Loader processes, started in every way, when all processes of a worker are signalled, and when it is killed."""
+"""Loader processes, started in every way, when a worker's processes are all signalled, and when it is killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.processes import run_workers_to_the_end
 
 CONTEXTS = ("fork", "spawn", "forkserver")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-SOON_SECONDS = 3.0  # below the 5 s after which torch's loader processes look whether their worker lives
+SOON_SECONDS = 3.0  # below the 5 s after which torch's loader processes check that their worker lives
 HANGS_AT = 5
 
 
@@ -64,7 +64,7 @@ def load_under_signals(folder: Path) -> None:
         assert [next(loader) for loader in [*loaders, ended]] == [index] * 4
     shield.remove()
     _utils.MP_STATUS_CHECK_INTERVAL = 0.2
-    ended._shutdown_workers()  # it hangs, and is terminated
+    ended._shutdown_workers()  # its process hangs, and is terminated
     ended._workers[0].join(SOON_SECONDS)
     assert not ended._workers[0].is_alive()
     (folder / "ready").touch()

@@ -1,4 +1,4 @@
-"""Seeded loaders in Lightning's loops: the epoch that the loops are in reaches the data set, wherever it is read."""
+"""Seeded loaders in Lightning's loops: the current epoch reaches the data set in any process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.trainers import QUIET
 
 
 class Keying(SingleDeviceStrategy):
-    """Does to loaders what AuxNet's does."""
+    """Seeds loaders like AuxNet's strategy."""
 
     def process_dataloader(self, dataloader: object) -> object:
         progress: Any = self.lightning_module.trainer.fit_loop.epoch_progress  # type: ignore[union-attr]
@@ -37,7 +37,7 @@ class Drawn(Dataset[Tensor]):
 
 
 class Stream(IterableDataset[Tensor]):
-    """The same, one after the other."""
+    """The same samples as a stream."""
 
     def __iter__(self) -> Any:
         return (Drawn()[index] for index in range(6))
@@ -70,7 +70,7 @@ def fit(module: Module, epochs: int = 3, checkpoint: Path | None = None, **optio
 
 
 def expected(epoch: int, dataset: Any = None) -> list[Any]:
-    """Read in order, by a loader without processes."""
+    """The batches of an epoch, read in order by a loader without processes."""
     loader: Any = seed_loader(DataLoader(dataset or Drawn(), batch_size=2), 5, lambda: epoch)
     return [batch.tolist() for batch in loader]
 

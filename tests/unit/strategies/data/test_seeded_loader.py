@@ -31,7 +31,7 @@ SAMPLES = 8
 
 
 class Augmented(Dataset[Any]):
-    """Images that v2 transforms, NumPy and Python change at random; ``index`` says which one it was."""
+    """Images that v2 transforms, NumPy and Python change at random; ``index`` is the sample's index."""
 
     transform = v2.Compose([v2.RandomCrop(4, padding=1), v2.RandomHorizontalFlip(), v2.GaussianNoise()])
 
@@ -48,21 +48,21 @@ class Augmented(Dataset[Any]):
 
 
 class Batched(Augmented):
-    """Asked by torch for a batch at once."""
+    """A data set from which torch fetches whole batches."""
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]
 
 
 class Columns(Augmented):
-    """Its batches are made by itself."""
+    """A data set that collates batches itself."""
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         return {"index": torch.tensor(indices), "noise": torch.rand(len(indices))}
 
 
 class Stream(IterableDataset[Any]):
-    """Items that it shuffles and changes at random, in parts for its loader processes."""
+    """A stream of items that it shuffles and changes at random, split between its loader processes."""
 
     def __iter__(self) -> Iterator[Tensor]:
         info = get_worker_info()
@@ -96,7 +96,7 @@ def seeded(
 
 
 def by_index(batches: Any) -> dict[int, list[float]]:
-    """What was drawn for each sample: its image and numbers."""
+    """The random draws for each sample: its image and numbers."""
     return {
         int(index): [*image.flatten().tolist(), *noise.tolist()]
         for batch in list(batches)
@@ -236,7 +236,7 @@ def test_data_sets_that_collate_for_themselves_draw_for_each_batch() -> None:
     assert there == batches(range(8), 0)
     assert there[::-1] == batches([4, 5, 6, 7, 0, 1, 2, 3], 0)
     assert there != batches(range(8), 1)
-    assert there[0] != batches([0, 1, 2, 7], 0)[0]  # all samples of the batch matter, not the first alone
+    assert there[0] != batches([0, 1, 2, 7], 0)[0]  # all samples of the batch matter, not only the first
 
 
 @pytest.mark.parametrize("batch_size", [4, None])

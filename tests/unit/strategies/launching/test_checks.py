@@ -1,4 +1,4 @@
-"""What is refused before any process starts (the fixture ``no_processes`` sees to that)."""
+"""Refusals before any process starts (checked by the fixture ``no_processes``)."""
 
 from __future__ import annotations
 

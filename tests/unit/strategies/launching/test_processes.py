@@ -12,7 +12,7 @@ from resist_lightning.strategies.launching.processes import _start_method_of_pyt
 
 @pytest.fixture
 def in_a_process_of_joblib() -> Iterator[None]:
-    importlib.import_module("joblib.externals.loky")  # makes the method known
+    importlib.import_module("joblib.externals.loky")  # registers the method
     usual = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("loky", force=True)
     yield

@@ -1,4 +1,4 @@
-"""Names and files of checkpoints, of which each worker has its own."""
+"""Names and files of checkpoints, with a file for each worker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.threads import run_threads
 def test_a_folder_that_another_worker_removes_meanwhile_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Path, "is_dir", lambda _: True)  # so it was a moment ago
+    monkeypatch.setattr(Path, "is_dir", lambda _: True)  # as a moment ago
 
     remove(tmp_path / "a.ckpt", rank=1, members=1)
 

@@ -32,7 +32,7 @@ def test_a_trainer_without_a_plugin_writes_atomically() -> None:
 def test_a_thread_that_has_written_the_model_removes_only_what_was_there_before(tmp_path: Path) -> None:
     folder = tmp_path / "a.ckpt.workers"
     before, own, later = (write_sealed({"round": n}, folder, f"round={n}-step=0-0-of-1") for n in range(3))
-    coming = folder / ".round=2-step=0-1-of-2.pt.part"  # of a worker that is writing for the next one
+    coming = folder / ".round=2-step=0-1-of-2.pt.part"  # of a worker that is writing the next checkpoint
     coming.touch()
     for age, file in enumerate((coming, later, own, before)):
         os.utime(file, ns=(0, -age * 10**9 + 10**18))
@@ -60,11 +60,11 @@ def test_where_a_thread_cannot_write_the_model_no_files_of_workers_are_left(tmp_
 def test_a_thread_that_could_not_write_is_forgiven_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     plugin = AsyncCheckpointIO(AtomicIO())
-    with suppress(OSError):  # raised where the thread is quick
+    with suppress(OSError):  # raised if the thread is quick
         plugin.save_checkpoint({}, tmp_path / "file" / "a.ckpt")
     with pytest.warns(UserWarning, match=r"could not be written \(.*File exists"):
         forgive_thread(plugin, wait=True)
-    plugin.teardown()  # raises what is stored
+    plugin.teardown()  # raises the stored error
     if hasattr(plugin, "_ensure_setup"):  # Lightning 2.5.0 makes no thread anew
         plugin.save_checkpoint({}, tmp_path / "a.ckpt")
         plugin.teardown()

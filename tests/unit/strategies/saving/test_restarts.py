@@ -70,7 +70,7 @@ def test_snapshots_of_another_run_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_shared_tensors_are_read_from_one_file_however_many_workers_have_written_them(tmp_path: Path) -> None:
-    # What is not used is not read: after a change of the number of workers each reads the files of all.
+    # Unused files are not read: after a change of the number of workers each worker reads the files of all.
     for worker in range(3):
         restarts = Restarts(tmp_path, StrategyOptions(), SimpleNamespace(worker=worker, workers=3, member=0))  # type: ignore[arg-type]
         tensors = {

@@ -1,4 +1,4 @@
-"""The default auxiliary networks: shapes, what they learn, and what they refuse."""
+"""The default auxiliary networks: shapes, learning, and refusals."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def test_convolutions_train_on_one_sample(size: int, smaller: int) -> None:
         (IMAGE, (2, 2, 6)),  # channels last, as in Swin
         (IMAGE, (16, 6)),
         (IMAGE, (18, 6)),  # a class token, and one more
-        (IMAGE, (3, 6)),  # fewer than a square of patches has
+        (IMAGE, (3, 6)),  # fewer than a square of patches
         (IMAGE, (6,)),
-        (NetworkInput((3, 6, 20), torch.float32), (8, 4)),  # a grid that is no square and leaves pixels over
+        (NetworkInput((3, 6, 20), torch.float32), (8, 4)),  # a grid that is not square, with pixels left over
         (NetworkInput((1, 1, 50), torch.float32), (9, 4)),
         (NetworkInput((3, 40, 40), torch.float32), (6,)),
         (IDS, (6, 5)),
@@ -119,7 +119,7 @@ def test_of_several_images_each_keeps_its_channels() -> None:
     ],
 )
 def test_it_learns_what_follows_from_the_input_with_the_optimizer_it_is_given(given: NetworkInput, truth) -> None:
-    """Of sequences too: who mixes up tokens, or sees only its own, is left with most of the error."""
+    """Sequences too: a network that mixes up tokens, or sees each alone, keeps most of the error."""
     torch.manual_seed(1)
     x = batch(given, 32)
     wanted = truth(x)

@@ -1,4 +1,4 @@
-"""Auxiliary networks as the settings have them."""
+"""Auxiliary networks made from the settings."""
 
 from __future__ import annotations
 

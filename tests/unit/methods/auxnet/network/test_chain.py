@@ -1,4 +1,4 @@
-"""Where a network can be cut, and what belongs to which unit."""
+"""The places where a network can be cut, and the tensors of each unit."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_blocks_may_be_compiled():
 
 
 def test_what_cannot_be_written_into_a_graph_is_left_inside_the_submodule_that_does_it():
-    """A layer that was called with a set was tried again and again."""
+    """Tracing was repeated endlessly for a layer that was called with a set."""
 
     class Layer(nn.Linear):
         def forward(self, x, options):

@@ -1,4 +1,4 @@
-"""Which network is found in a user's module."""
+"""The network that is found in a user's module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.nets import MlpBlock, mlp, narrow_resnet, on_meta, small_prea
 
 
 class Whole(lightning.LightningModule):
-    """The blocks are in its own forward, behind a stem that trains."""
+    """A module whose own forward has the blocks, after a stem that trains."""
 
     def __init__(self):
         super().__init__()
@@ -25,7 +25,7 @@ class Whole(lightning.LightningModule):
 
 
 class Calls(lightning.LightningModule):
-    """Its forward calls its modules in turn."""
+    """A module that calls its children in turn."""
 
     def __init__(self, **modules):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks that cannot be cut into stages, or of which stages would compute something else: each says why."""
+"""Networks that cannot be cut into stages, or whose stages would compute something else: each error says why."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_blocks_that_the_forward_does_not_call_are_refused_unless_the_network_is
 
 
 class Rest(nn.Module):
-    """Has a block, and does not call it."""
+    """Has a block that it does not call."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Stages in a row are the network, bit for bit; and they are made of its own tensors."""
+"""Stages in sequence compute the network, bit for bit, with its own tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.nets import MlpBlock, Undeclared, mlp, narrow_resnet, on_meta
 
 
 class WritesInput(MlpBlock):
-    """Works in place on what it is given, as blocks with nn.ReLU(inplace=True) in front do."""
+    """Works in place on its input, like blocks that begin with nn.ReLU(inplace=True)."""
 
     def forward(self, x):
         return x.relu_() + self.out(functional.dropout(self.inside(x), training=self.training))
@@ -54,7 +54,7 @@ MADE: dict[str, tuple[nn.Module, torch.Tensor]] = {}
 
 
 def made(kind: str) -> tuple[nn.Module, torch.Tensor]:
-    """A fresh copy of the network, and an input of it."""
+    """A fresh copy of the network, and an input."""
     if kind not in MADE:
         make, shape = NETWORKS[kind]
         torch.manual_seed(5)
@@ -156,7 +156,7 @@ def test_modes_and_hooks_of_blocks_are_the_networks():
 
 
 def test_a_stage_follows_tensors_that_get_new_memory_or_are_replaced():
-    """Lightning moves a module to its device after it was cut: buffers are then other objects."""
+    """Lightning moves a module to its device after it was cut, so buffers become other objects."""
     net, x = made("tensors of its own")
     chain = find_chain(net)
     first, second = chain.stage(0, 1), chain.stage(1, 2)

@@ -1,4 +1,4 @@
-"""What is measured of a network, and that it is afterwards as it was."""
+"""Measurements of a network, which they do not change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_shapes_and_signs_of_what_comes_out_of_each_unit():
 
 
 class Slow(torch.autograd.Function):
-    """Takes seconds on a clock of its own, so that a busy machine changes nothing."""
+    """Advances a clock of its own, so that a busy machine has no effect."""
 
     clock = 0.0
 
@@ -150,7 +150,7 @@ def test_at_least_one_run_is_measured():
 
 
 class Reshaped(nn.Module):
-    """Embeds token ids as one long row, and beside them other numbers, by a larger table."""
+    """Embeds token ids as one flat row, and other numbers by a larger table."""
 
     def __init__(self, functional: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whether all workers see the same batch."""
+"""The check that all workers see the same batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch() -> Tensor:
 
 
 def outcome(collective: ThreadCollective, workers: list[Mapping[str, Tensor]]) -> str:
-    """The message of the error, if there is one."""
+    """The error message, or an empty string."""
     try:
         check_equal(collective, workers[collective.worker], "step 50")
     except WorkersDisagree as error:
@@ -29,7 +29,7 @@ def outcome(collective: ThreadCollective, workers: list[Mapping[str, Tensor]]) -
 
 
 def message(*workers: Mapping[str, Tensor]) -> str:
-    """What all workers say, which is the same."""
+    """The error message, which must be the same on all workers."""
     messages, _ = run_threads(outcome, len(workers), list(workers))
     assert len(set(messages)) == 1
     return messages[0]

@@ -1,4 +1,4 @@
-"""Backward passes through a stage: nothing flows back, or a second one comes (workers are threads)."""
+"""Backward passes through a stage: without a gradient for the input, or twice (workers are threads)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ METHODS = ["penalty", "al-net", "penalty-store", "al-store"]
 
 
 class Detached(TanhBlock):
-    """Nothing flows back to what comes before it."""
+    """A block through which no gradient flows to its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.detach())
 
 
 def detached_problem(workers: int, stage: int, method: Any, **options: Any) -> Problem:
-    """A stage begins with a block that detaches."""
+    """A problem with a stage that begins with a detaching block."""
     problem = make_problem(workers, seed=6, beta=4.0, method=method, **options)
     assert problem.config.cuts is not None
     block = int(problem.config.cuts[stage - 1].removeprefix("body.")) + 1
@@ -37,7 +37,7 @@ def detached_problem(workers: int, stage: int, method: Any, **options: Any) -> P
     return problem
 
 
-# ------------------------------------------------------------------ nothing flows back out of a stage
+# ------------------------------------------------------------------ no gradient for a stage's input
 
 
 @pytest.mark.parametrize("method", ["penalty-store", "al-store"])

@@ -1,4 +1,4 @@
-"""A stage whose gradients are late: in threads, against gradients of plain back-propagation that are kept by hand."""
+"""Stages with delayed gradients, in threads, against plain back-propagation with gradients delayed by hand."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SIZES = (4, 2, 5, 3, 4, 4, 2)
 
 
 class Recomputed(TanhBlock):
-    """It saves memory: its backward pass computes the forward pass again."""
+    """A block with activation checkpointing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
 class Tied(TanhBlock):
-    """One weight under two names."""
+    """A block with a weight under two names."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__(width)
@@ -42,7 +42,7 @@ class Tied(TanhBlock):
 
 @dataclass(frozen=True)
 class Training:
-    """Some batches of a network."""
+    """A training of some batches."""
 
     workers: int = 2
     delay: int = 1
@@ -50,8 +50,8 @@ class Training:
     warmup_steps: int = 0
     block: type[TanhBlock] = TanhBlock
     untrained: tuple[int, ...] = ()  # batches without a backward pass
-    saved_at: int | None = None  # a batch behind which each worker is replaced by one that resumes
-    settled: tuple[int, ...] = ()  # batches behind which the full model is looked at
+    saved_at: int | None = None  # a batch after which each worker is replaced by one that resumes
+    settled: tuple[int, ...] = ()  # batches after which the full model is assembled
 
     @property
     def config(self) -> StageConfig:
@@ -76,7 +76,7 @@ def make_optimizer(net: nn.Module) -> torch.optim.Optimizer:
 
 
 def by_stages(collective: ThreadCollective, training: Training) -> tuple[dict[str, Tensor], Counter[str], int]:
-    """This worker's part of the network, what it has sent, and what it holds beside its stage."""
+    """This worker's part of the network, its sent bytes, and the bytes that it holds beside its stage."""
     staged = make_staged(collective, training.net(), training.config, training.batch(0)[0])
     optimizer, worker = make_optimizer(staged.net), staged.worker
     worker.accumulate = training.accumulate
@@ -102,7 +102,7 @@ def by_stages(collective: ThreadCollective, training: Training) -> tuple[dict[st
 
 
 def resumed(worker: StageWorker, collective: ThreadCollective, training: Training) -> StageWorker:
-    """Another worker of the same stage, with the state of this one."""
+    """A new worker of the same stage, with the state of this one."""
     cpu = torch.device("cpu")
     made = StageWorker(
         worker._stage, worker._shapes, False, training.config, collective=collective, device=cpu, rate=lambda: 0.1
@@ -113,7 +113,7 @@ def resumed(worker: StageWorker, collective: ThreadCollective, training: Trainin
 
 
 def by_hand(training: Training) -> dict[str, Tensor]:
-    """Plain back-propagation; a list keeps the gradients of every batch."""
+    """Plain back-propagation, with a list of the gradients of every batch."""
     net = training.net()
     stages = make_chain(net, training.config, training.workers)
     optimizer = make_optimizer(net)
@@ -188,7 +188,7 @@ def test_looking_and_resuming_change_nothing(accumulate: int) -> None:
 
 
 def test_a_batch_without_a_backward_pass_leaves_no_message() -> None:
-    """It counts as one without gradients; those that came to nothing in its step come in the next."""
+    """It counts as a batch without gradients; gradients due in its step come in the next one."""
     found, room = run_threads(by_stages, 3, Training(3, untrained=(2,)))
     assert all(box.empty() for box in room.boxes.values())
     assert all(value.isfinite().all() for state, _, _ in found for value in state.values())

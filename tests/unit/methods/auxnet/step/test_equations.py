@@ -1,4 +1,4 @@
-"""The equations of a step against the augmented Lagrangian that they descend (checks 2 and 5 of section 8)."""
+"""The equations of a step, against the augmented Lagrangian that they minimize (checks 2 and 5 of section 8)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_equations_descend_the_lagrangian(
     for k, guess in enumerate(problem.guesses):
         after = penalty.in_units_of_guess(given_[k + 1].grad * size)
         moved = penalty.next_guess(guess, made[k].detach(), us[k] if multipliers else None, after)
-        rate = step / (beta / width)  # c / β of the formulas
+        rate = step / (beta / width)  # c / β in the formulas
         torch.testing.assert_close(moved, guess - rate * size * whole.guesses[k], rtol=1e-6, atol=1e-9)
 
 
@@ -107,7 +107,7 @@ def test_a_rate_that_was_divided_by_ten_twice_counts_as_a_hundredth() -> None:
 
 
 class Free(nn.Module):
-    """A problem as a network that can be cut behind each tanh."""
+    """A problem as a network that can be cut after each tanh."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Free(nn.Module):
 
 
 def settle(method: Any, stages: int, beta: float, steps: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Violations, κ and p of each boundary after many steps from far away; weights stay."""
+    """Violations, κ and p of each boundary after many steps with fixed weights, from distant guesses."""
     problem = Problem(stages, 4, 5, seed=8, multipliers=False)
     cuts = [f"layers.{2 * stage + 1}" for stage in range(stages - 1)]
     config = StageConfig(method=method, beta=beta * 4, warmup_steps=0, cuts=cuts)

@@ -20,11 +20,11 @@ from tests.unit.methods.auxnet.step.test_worker import Problem, make_problem
 GROWTH = 5.0
 RATES = (0.1, 0.01, 0.0, 0.0, 0.1)
 FACTORS = (1.0, GROWTH, GROWTH, GROWTH, 1.0)
-"""By which beta has grown at these rates: one of 0 says nothing of how far training has come."""
+"""Growth of beta at these rates; a rate of 0 tells nothing about the progress of the training."""
 
 
 def decaying(collective: ThreadCollective, problem: Problem) -> list[tuple[dict[str, Tensor], Tensor | None]]:
-    """Gradients of each batch, and the guess before it."""
+    """For each batch, the gradients, and the guess before it."""
     rates: Iterator[float] = iter(RATES)
     staged = make_staged(collective, problem.net, problem.config, problem.x, partial(next, rates))
     load_guess(staged.worker, problem.x, problem.guesses[0] if collective.worker else None, None)
@@ -55,7 +55,7 @@ def test_beta_stays_where_it_was_when_the_rate_ends_at_0() -> None:
 
 
 def resumed(collective: ThreadCollective, problem: Problem) -> float:
-    """A worker that is made when the rate has ended at 0 already."""
+    """The share of the rate in a worker that is made after the rate has fallen to 0."""
     one = make_staged(collective, problem.net, problem.config, problem.x, partial(next, iter(RATES))).worker
     for _ in range(3):
         problem.loss(one(problem.x)).backward()
@@ -84,7 +84,7 @@ def test_the_simulator_keeps_beta_when_the_rate_ends_at_0() -> None:
 
 
 def weights_after_a_serial_step(collective: ThreadCollective, problem: Problem) -> list[list[Tensor]]:
-    """Of the auxiliary network: after a serial step alone, and after one behind a batch that was only guessed."""
+    """The auxiliary network's weights after a serial step, without and with a batch that was only guessed before it."""
     guesses = make_staged(collective, problem.net, problem.config, problem.x, lambda: 0.1).worker.guesses
     if guesses is None:
         return []

@@ -1,4 +1,4 @@
-"""Stages that were trained apart are seen to learn: put in sequence, they solve a task."""
+"""Stages that were trained separately learn: in sequence they solve a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAMPLES, BATCH, EPOCHS = 48, 16, 120
 
 
 def task() -> tuple[Tensor, Tensor]:
-    """Four classes, by the signs of two features; a third one, which is larger, says nothing."""
+    """Four classes, by the signs of two features; a third feature, which is larger, is irrelevant."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(SAMPLES, 3, generator=generator, dtype=torch.float64)
     labels = 2 * (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
@@ -23,7 +23,7 @@ def task() -> tuple[Tensor, Tensor]:
 
 
 def make_net() -> nn.Module:
-    """Two numbers cross the boundary, so the first stage must find out which; at first it passes on the third."""
+    """A network with two numbers at the boundary; the first stage must learn which, and begins with the third."""
     torch.manual_seed(2)
     net = mlp(TanhBlock, width=2).double()
     with torch.no_grad():
@@ -48,10 +48,10 @@ def train(collective: ThreadCollective, net: nn.Module, config: StageConfig) -> 
 
 @pytest.mark.parametrize("method", ["penalty", "al-store"])
 def test_stages_in_sequence_solve_what_they_learnt_apart(method: str) -> None:
-    """A guess is right in one of four.
+    """Chance is 0.25.
 
-    With a first stage that does not move, or moves away from what is wanted of it, or with stored guesses that belong
-    to other samples, at most about half of the samples were right; with all as it should be, 0.94 and 0.98 of them.
+    With a first stage that does not train, or trains in the wrong direction, or with stored guesses that belong
+    to other samples, at most about half of the samples were right; with correct code 0.94 and 0.98 of them.
     """
     config = StageConfig(method=method, cuts=["body.1"], warmup_steps=0, multiplier_every=5)
     net, (x, labels) = make_net(), task()

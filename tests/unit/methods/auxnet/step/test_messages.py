@@ -1,4 +1,4 @@
-"""What workers of stages say to each other in a step, and what becomes of batches that are used in an unusual way."""
+"""Messages between workers of stages in a step, and unusual uses of batches."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def is_left(room: Room) -> bool:
     return any(not box.empty() for box in room.boxes.values())
 
 
-# ------------------------------------------------------------------ what is said
+# ------------------------------------------------------------------ messages
 
 
 def some_steps(collective: ThreadCollective, config: StageConfig, sizes: list[int]) -> list[tuple[int, Counter[str]]]:
-    """Before each step, how many entries the log of all has; and the bytes that it sends, by kind."""
+    """The bytes that the worker sends in each step, by kind."""
     staged, found = stage_of(collective, config), []
     for number, size in enumerate(sizes):
         before = Counter(collective.sent_bytes)
@@ -92,7 +92,7 @@ def test_a_worker_sends_what_its_neighbours_need_and_no_byte_more(workers: int, 
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_no_collective_is_called_after_the_first_three_steps(workers: int) -> None:
-    """In those, each worker says two numbers about its batch."""
+    """In those, each worker sends two numbers about its batch."""
     _, room = run_threads(some_steps, workers, config_for(workers), [4] * 7)
     for worker in range(workers):
         log = [verb for who, verb, _ in room.log if who == worker]
@@ -102,13 +102,13 @@ def test_no_collective_is_called_after_the_first_three_steps(workers: int) -> No
         assert "start_send" in log[others[0] : others[1]]
 
 
-# ------------------------------------------------------------------ batches that are used in an unusual way
+# ------------------------------------------------------------------ unusual uses of batches
 
 
 def in_parts(
     collective: ThreadCollective, config: StageConfig, parts: int, steps: int
 ) -> tuple[dict[str, Tensor], Any]:
-    """The gradients of a batch of six that comes in parts, and the guesses that it leaves behind."""
+    """The gradients of a batch of six that comes in parts, and the stored guesses afterwards."""
     staged, (x, _) = stage_of(collective, config), batch(0, 6)
     y = torch.arange(6) % CLASSES
     staged.worker.accumulate = parts
@@ -149,7 +149,7 @@ def test_gradients_of_a_batch_in_parts_add_up_to_those_of_the_whole(
 def with_a_pause(
     collective: ThreadCollective, config: StageConfig, skipped: bool
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Three steps, between which a batch may be computed and not trained on; the last one trains on it."""
+    """Three steps, between which a batch may be computed without training on it; the last one trains on it."""
     staged, losses = stage_of(collective, config), []
     parameters = [p for p in staged.net.parameters() if p.requires_grad]
     for number, trained in [(0, True), (1, False), (0, True), (1, True)]:
@@ -169,7 +169,7 @@ def with_a_pause(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("warmup_steps", [0, 1, 9])
 def test_a_batch_that_nobody_trains_on_leaves_nothing_behind(method: Any, warmup_steps: int) -> None:
-    """No message, no guess and no gradient: the next batch is trained on as if it had not been."""
+    """No message, no guess and no gradient: the next batches train as if it had not been computed."""
     config = config_for(3, method=method, beta=5.0, warmup_steps=warmup_steps)
     expected, _ = run_threads(with_a_pause, 3, config, False)
     found, room = run_threads(with_a_pause, 3, config, True)
@@ -234,7 +234,7 @@ def in_place(collective: ThreadCollective, config: StageConfig, changed: bool) -
 
 @pytest.mark.parametrize("warmup_steps", [0, 1])
 def test_the_output_may_be_changed_in_place_on_every_worker(warmup_steps: int) -> None:
-    """The last worker's was a view of what it sent: autograd refused it there, and the others waited."""
+    """The last worker's output was a view of the sent tensor: autograd refused the change, and the others waited."""
     config = config_for(2, beta=5.0, warmup_steps=warmup_steps)
     expected, _ = run_threads(in_place, 2, config, False)
     found, _ = run_threads(in_place, 2, config, True)

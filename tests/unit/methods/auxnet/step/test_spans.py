@@ -1,4 +1,4 @@
-"""What a step's spans say of a speed-up."""
+"""The speed-up derived from a step's spans."""
 
 from __future__ import annotations
 

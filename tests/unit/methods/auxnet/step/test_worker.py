@@ -60,7 +60,7 @@ def make_problem(workers: int, seed: int, *, width: int = 3, size: int = 4, **op
 
 @dataclass
 class Found:
-    """What a worker has after one batch."""
+    """A worker's results of one batch."""
 
     gradients: dict[str, Tensor]
     output: Tensor
@@ -87,7 +87,7 @@ def one_batch(collective: ThreadCollective, problem: Problem, steps: int) -> Fou
 
 
 def assert_parallel_gradients(problem: Problem, steps: int) -> None:
-    """Of all workers, those of the Lagrangian; and every boundary moved down its gradient."""
+    """Check that all workers' gradients are the Lagrangian's, and that every guess moved down its gradient."""
     config, beta = problem.config, problem.beta_per_element
     small = config.stored and problem.workers > 2
     stages, rate = problem.stages(), (0.1 if small else 1.0) / beta
@@ -156,7 +156,7 @@ def by_network(collective: ThreadCollective, problem: Problem) -> dict[str, Any]
 @pytest.mark.parametrize("method", ["penalty", "al-net"])
 @pytest.mark.parametrize("workers", [2, 3])
 def test_auxiliary_networks_descend_the_lagrangian_end_to_end(workers: int, method: Any) -> None:
-    """Their gradient is c / β times that of the whole by their own weights, through the guess (section 2.3)."""
+    """Their gradient is c / β times the Lagrangian's by their weights, through the guess (section 2.3)."""
     problem = make_problem(workers, seed=5, beta=7.0, method=method, aux_network=two_layers)
     found, _ = run_threads(by_network, workers, problem)
     for worker in found[1:]:
@@ -197,7 +197,7 @@ def plain_gradients(problem: Problem) -> dict[str, Tensor]:
 def test_a_guess_that_is_off_by_the_gradient_over_beta_gives_the_back_propagated_one(
     workers: int, boundary: int
 ) -> None:
-    """One boundary at a time: the stage before it gets what plain back-propagation gives it (check 3)."""
+    """One boundary at a time: the stage before it gets its gradient of plain back-propagation (check 3)."""
     problem = make_problem(workers, seed=3, beta=6.0, method="penalty-store")
     truths, gradients = true_values(problem.stages(), problem.x, problem.loss)
     problem.guesses = list(truths)
@@ -229,7 +229,7 @@ def test_a_perfect_guess_starves_all_stages_but_the_last(workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_a_stationary_multiplier_gives_all_stages_the_back_propagated_gradient(workers: int) -> None:
-    """λ = Y and κ = -p: where the augmented Lagrangian stands still, nothing is lost by training at the same time."""
+    """λ = Y and κ = -p: at a stationary point of the augmented Lagrangian, parallel training loses nothing."""
     problem = make_problem(workers, seed=4, beta=6.0, method="al-store", multiplier_every=1)
     problem.guesses, gradients = true_values(problem.stages(), problem.x, problem.loss)
     problem.kappas = [-gradient for gradient in gradients]

@@ -1,4 +1,4 @@
-"""Which hidden neurons are found in known networks, and how layers are chosen."""
+"""Hidden neurons found in known networks, and the choice of layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chain(*widths):
 
 
 class Perceptron(nn.Module):
-    """As users write it."""
+    """A perceptron as users write it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,14 +82,14 @@ class StepsOnly(lightning.LightningModule):
 
 
 class Inherited(StepsOnly):
-    """Still without a forward."""
+    """A subclass, also without a forward."""
 
 
 @pytest.mark.parametrize("make", [WithForward, StepsOnly, Inherited, lambda: nn.ModuleDict({"net": Perceptron()})])
 def test_a_perceptron_is_found_wherever_it_stands(make):
     found = find_neurons(make())
     assert replace(found, assumed=()) == EXPECTED
-    assert found.assumed in ((), (("net", {"mask": None}),))  # where the perceptron is called by somebody unseen
+    assert found.assumed in ((), (("net", {"mask": None}),))  # if the call of the perceptron was not seen
 
 
 def test_the_description_has_a_line_for_each_hidden_layer():
@@ -146,7 +146,7 @@ def test_two_readers_of_the_same_neurons_both_get_columns():
 )
 @pytest.mark.parametrize("last", [True, False])
 def test_a_sum_that_no_norm_follows_straight_is_rescaled(behind, rescaled, last):
-    """Of the last layer too."""
+    """Also in the last layer."""
     net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 6), *behind, *([] if last else [nn.Linear(6, 2)]))
     assert (("2", 0) in find_neurons(net).rescaled) == rescaled
     assert "0" not in dict(find_neurons(net).rescaled)
@@ -195,7 +195,7 @@ def test_a_mean_over_positions_and_a_batch_norm_behind_it_are_per_channel():
 
 
 class Modes(nn.Module):
-    """Computes more in training, draws random numbers, and keeps what it computed."""
+    """Computes more in training, draws random numbers, and keeps its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ def test_attention_of_torch_is_refused_by_name(choice):
 
 @pytest.mark.parametrize("choice", ["6", "net.*", ["0", "nothing"], [], lambda name, layer: False])
 def test_a_choice_that_matches_no_hidden_layer_lists_the_candidates(choice):
-    """6 is the layer that makes the output."""
+    """6 is the output layer."""
     with pytest.raises(LayerSelectionError, match=r"Hidden layers that can be dealt out: 0, 2, 4\."):
         find_neurons(chain(3, 5, 6, 7, 2), choice)
 
@@ -327,5 +327,5 @@ class Taught(lightning.LightningModule):
 
 
 def test_a_frozen_network_beside_the_trained_one_stays_whole():
-    """It was dealt out too, and the student learned from a random part of its teacher."""
+    """It was dealt out, too, so the student learned from a random part of its teacher."""
     assert found(Taught()) == ["student.0"]

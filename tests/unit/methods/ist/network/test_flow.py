@@ -1,4 +1,4 @@
-"""A network cut by what was found computes what the whole one computes with the other neurons masked."""
+"""A network that is cut as found computes the same as the whole one with the other neurons masked."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.helpers.cutting import cut, masked
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)
-MIXING = (nn.GroupNorm, nn.LayerNorm)  # their statistics are those of all neurons
+MIXING = (nn.GroupNorm, nn.LayerNorm)  # their statistics are over all neurons
 
 
 class Call(nn.Module):
-    """A function of the input, written in a forward."""
+    """A module that applies a function to its input."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class Call(nn.Module):
 
 @dataclass
 class Built:
-    """A random network and what must be found of it, written down while it was built."""
+    """A random network, and the expected findings, recorded while it was built."""
 
     net: nn.Module
     inputs: Tensor
     weighted: list[nn.Module] = field(default_factory=list)
     followers: dict[nn.Module, nn.Module] = field(default_factory=dict)  # norm or PReLU, and the layer it follows
     repeats: dict[nn.Module, int] = field(default_factory=dict)
-    normed: set[nn.Module] = field(default_factory=set)  # a norm follows straight
+    normed: set[nn.Module] = field(default_factory=set)  # layers directly followed by a norm
 
 
 activations = st.sampled_from(
@@ -75,7 +75,7 @@ flattenings = st.sampled_from(
 
 
 def pools(rank: int) -> st.SearchStrategy[tuple[Callable[[], nn.Module], int]]:
-    """Something that changes only positions, and the side that it makes of 4."""
+    """An operation that changes only positions, and the side that it makes of 4."""
     module = {name: getattr(nn, f"{name}{rank}d") for name in ("MaxPool", "AvgPool", "AdaptiveAvgPool", "ConstantPad")}
     function = getattr(functional, f"max_pool{rank}d")
     return st.sampled_from(
@@ -150,7 +150,7 @@ def networks(draw: st.DrawFn, with_mixing: bool) -> Built:
 
 
 def nest(parts: list[nn.Module], draw: st.DrawFn) -> nn.Sequential:
-    """Some runs of parts go into a Sequential of their own."""
+    """Wrap some consecutive parts in Sequentials."""
     while len(parts) > 3 and draw(st.booleans()):
         start = draw(st.integers(0, len(parts) - 2))
         end = draw(st.integers(start + 1, len(parts)))

@@ -1,4 +1,4 @@
-"""Networks whose hidden neurons cannot be dealt out, and what the error says."""
+"""Networks whose hidden neurons cannot be dealt out, and the error messages."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_many_refusals_are_counted():
 
 
 def test_networks_with_the_same_tensors_are_refused_unless_layers_are_named():
-    """A target network took weights of other neurons than its own, in silence."""
+    """A target network silently got weights of other neurons than its own."""
     both = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)) for name in ("net", "target")})
     assert "the networks 'net' and 'target' have the same tensors" in refusal(both)
     assert [layer.name for layer in find_neurons(both, ["net.*"]).layers] == ["net.0"]
@@ -265,7 +265,7 @@ MORE_DIMENSIONS = [nn.MaxPool2d(2), nn.ZeroPad2d((0, 0, 0, 8)), nn.AvgPool2d(3, 
 
 @pytest.mark.parametrize("module", MORE_DIMENSIONS, ids=str)
 def test_pooling_of_more_dimensions_than_the_convolution_has_is_refused(module):
-    """Where the sizes happened to fit, neurons were pooled with each other."""
+    """If the sizes happened to fit, neurons were pooled with each other."""
     assert "a convolution of as many" in refusal(
         nn.Sequential(nn.Conv1d(1, 8, 3, padding=1), module, nn.Flatten(), nn.Linear(32, 2))
     )
@@ -283,7 +283,7 @@ def store_in_list(net, x):
 
 @pytest.mark.parametrize("forward", [store, store_in_list])
 def test_neurons_that_are_left_in_an_attribute_are_refused(forward):
-    """A training_step that read the attribute computed its loss on a part of the features, in silence."""
+    """A training_step that read the attribute silently computed its loss on a part of the features."""
     assert "are left in an attribute of a module" in refusal(Net(forward))
 
 

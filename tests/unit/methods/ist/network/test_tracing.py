@@ -1,4 +1,4 @@
-"""How a forward is traced: what is looked into, what is assumed, and what is left as it was."""
+"""Tracing of a forward: modules that are entered, assumed arguments, and unchanged state."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def test_a_forward_that_cannot_be_traced_says_where_and_what_to_do():
 
 
 def test_the_way_out_of_the_tracing_error_is_true():
-    """A module without a forward is looked at child by child, so that what branches may stand beside the network."""
+    """A module without a forward is traced child by child, so a branching module may stand beside the network."""
     net = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4)), "branching": nn.Identity()})
     assert [layer.name for layer in find_neurons(net).layers] == ["net.0"]
 
 
 def test_a_forward_that_was_put_into_a_module_of_torch_is_looked_into():
-    """It was taken for that of its class, and the neurons of a softmax were dealt out."""
+    """It was taken for its class's forward, so the neurons of a softmax were dealt out."""
     net = Net(lambda net, x: net.c(net.a(x)))
     net.a.forward = lambda x: functional.linear(x, net.a.weight, net.a.bias).softmax(-1)
     assert "nothing to deal out" in refusal(net)
 
 
 class Switched(nn.Module):
-    """A forward that gives its features away, if it is asked to."""
+    """A network that returns its features on request."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class Switched(nn.Module):
 
 
 def test_a_module_must_be_called_in_training_as_it_was_when_its_neurons_were_followed():
-    """With another switch, the features of a subnet came out, half as wide, in silence."""
+    """With another argument it silently returned the features of a subnet, half as wide."""
     net = Switched()
     layout = NeuronLayout(net, NeuronConfig(), 2)
     subnet = Subnet(layout, 0)
