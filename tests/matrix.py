@@ -47,8 +47,8 @@ LIMIT_SECONDS = 1200
 
 HEAD = """# Versions that were tried
 
-Written by `make matrix` (`tests/matrix.py`), a row for the last run of each combination: the tests of the package's
-rooms next to torch and Lightning, and trainings of two processes. What is supported, and how it changes, stands in
+Written by `make matrix` (`tests/matrix.py`), a row for the last run of each combination: the tests of the modules
+that call torch and Lightning, and trainings of two processes. The supported versions, and how they change, are in
 [CONTRIBUTING](../CONTRIBUTING.md#versions-and-support).
 
 """

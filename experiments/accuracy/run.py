@@ -68,7 +68,7 @@ class Options(cli.Command):
     nesterov: bool = option(True, "momentum looks ahead", short=False)
     fast: bool = option(True, "a last batch norm, bfloat16, channels last", short=False, smoke=False)
     local_steps: int = option(50, "local steps per round", least=1, short=25, smoke=2)
-    min_blocks: int = option(2, "least blocks per worker", least=0)
+    min_blocks: int = option(2, "minimum blocks per worker", least=0)
     fragments: int = option(4, "of the network, in the study overlap", least=2, smoke=2)
     check_samples: int = option(25_600, "images in the check against real processes", least=1, short=12_800, smoke=256)
     lengths: list[int] = option([10, 25, 50, 100, 250, 500], "local steps per round", least=1, smoke=[2, 10])

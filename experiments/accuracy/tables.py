@@ -157,7 +157,7 @@ def scale(content: Content) -> Grid:
         cells = [mean_of(own, f"{norm}, {scale}") for norm, scale in columns]
         lines.append([least, f"{share:.3f} / {1 / workers:.3f}", *cells, len(own)])
     named = [f"`{norm}`, {scales[scale]}, %" for norm, scale in columns]
-    return Grid("Test-time scales", ["least blocks (S = 8)", "k/N / 1/S", *named, "n"], lines)
+    return Grid("Test-time scales", ["minimum blocks (S = 8)", "k/N / 1/S", *named, "n"], lines)
 
 
 def _of_the_paper(method: str, bits: str) -> str:

@@ -153,7 +153,7 @@ def recovery_checkpoints(content: Content) -> Grid:
 
 
 def recovery_steps(content: Content) -> Grid:
-    names = {"neither": "without both", "watch": "liveness watch", "notes": "notes of the place in the data"}
+    names = {"neither": "without both", "watch": "watchdog", "notes": "position in the data"}
     added = content["added"]
     return Grid.of("Steps", added["median_step_seconds"].items(), {
         "": lambda item: names.get(item[0], item[0]),

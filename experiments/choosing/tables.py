@@ -105,7 +105,7 @@ def explained(content: Content) -> str:
     for part, reason in content["refused"].items():
         lines.append(f"- No {'IST' if part == 'neurons' else 'ResIST'}: {reason}.")
     lines += [
-        "- AuxNet is not in the table: it sends in every step what its cuts let through, which training finds (docs/auxnet.md).",
+        "- AuxNet is not in the table: its bytes per step follow from its cuts, which it chooses when a training starts (docs/auxnet.md).",
         "",
     ]
     return "\n".join([*lines, in_words(content, costs)]) + "\n"

@@ -48,7 +48,7 @@ class Options(cli.Command):
     slowdown: float = option(3.0, "how many times slower the last worker is", least=1)
     cores: float | None = option(None, "of each other worker; null: 1.2 / workers", above=0)
     blocks: int = option(24, "partitioned blocks", least=2, smoke=8)
-    min_blocks: int = option(2, "least blocks per worker", least=0)
+    min_blocks: int = option(2, "minimum blocks per worker", least=0)
     width: float = option(1 / 8, "1.0 is the paper's", above=0, smoke=1 / 16)
     batch: int = option(8, "images", least=1, smoke=2)
     local_steps: int = option(10, "per round", least=1, smoke=4)
