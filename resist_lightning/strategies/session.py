@@ -65,7 +65,7 @@ class FitSession:
         # A hook of the user's may make the training loaders and start their processes, long before the first batch.
         self._shield = LoaderShield(self.signals.handled)
         self._shield.install()
-        position = Position(trainer, keep_loaders=self._sync_is_due)
+        position = Position(trainer, keep_loaders=self._may_save_before_batch)
         self.trainer_state = TrainerState(trainer, position)
         self._averages = Averages(trainer, self._running, self.patches)
         self.checkpoint_callbacks = CheckpointCallbacks(trainer, self.patches)
@@ -173,7 +173,7 @@ class FitSession:
             engine.finish()
             if engine.collective.workers > 1:
                 rank_zero_info(f"{type(self._trainer.strategy).__name__}: {sent_in_words(engine)}")
-            self._resumer.finish(engine)
+            self._resumer.finish(engine, interrupted=self.signals.ending)
             self.signals.act()
 
     def begin_validation(self) -> None:
@@ -218,8 +218,9 @@ class FitSession:
         """The engine while it trains."""
         return self.engine if self.engine is not None and self.engine.running else None
 
-    def _sync_is_due(self) -> bool:
-        return self.engine is not None and (self.engine.clock.due or self._synced_early)
+    def _may_save_before_batch(self) -> bool:
+        due = self.engine is not None and (self.engine.clock.due or self._synced_early)
+        return due or self.signals.agreed
 
 
 def making_training_loaders(session: FitSession | None) -> bool:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from resist_lightning import QSR, PostLocal
 from tests.helpers.plain import CLASSES, Classifier, held_out
-from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_cases
+from tests.helpers.trainers import (
+    kind_for,
+    make_strategy,
+    make_trainer,
+    run_cases,
+    run_trainers,
+    run_trainers_to_the_end,
+)
 from tests.helpers.training import assert_equal_states, clone_state
 
 BATCHES = 5  # in an epoch; rounds of three steps may end anywhere in it
@@ -247,6 +258,46 @@ def unbroken_and_resumed_loader(worker: int, kind: str, folder: str) -> list[dic
         names = [f"step={step}" for step in (3, 6)]
     names = names[:1] if kind == "persistent" else names  # in a later epoch the random state of the processes is lost
     return states + [fit_loader(worker, kind, f"{folder}/{name}.ckpt", []) for name in names]
+
+
+class Terminates(L.Callback):
+    """SIGTERM to one worker after a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_rank == 1 and args[-1] == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit_with_validation(worker: int, ckpt_path: str | None, folder: str | None) -> dict[str, Tensor]:
+    """In the validation after batch 2 all learn of a signal; half a step's gradients are there, and no sync is due."""
+    L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
+    module = Noisy(seed=7 if ckpt_path is None else 8)
+    callbacks = [] if folder is None else [Terminates(2), OnExceptionCheckpoint(folder)]
+    trainer = make_trainer(
+        make_strategy(local_steps=1),
+        max_epochs=EPOCHS,
+        callbacks=callbacks,
+        enable_checkpointing=folder is not None,
+        accumulate_grad_batches=2,
+        val_check_interval=3,
+    )
+    trainer.fit(module, Counts(Augmented(), batch_size=4), held_out(worker), ckpt_path=ckpt_path)
+    return clone_state(module)
+
+
+def test_a_run_that_a_signal_stops_in_a_validation_resumes_with_its_gradients_and_its_place(tmp_path: Path) -> None:
+    stopped = run_trainers_to_the_end(fit_with_validation, 2, None, str(tmp_path), timeout=60)
+
+    assert [type(outcome.error) for outcome in stopped] == [SIGTERMException] * 2
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"] == 3
+    unbroken = run_trainers(fit_with_validation, 2, None, None)
+    resumed = run_trainers(fit_with_validation, 2, str(tmp_path / "on_exception.ckpt"), None)
+    for state, expected in zip(resumed, unbroken, strict=True):
+        assert_equal_states(state, expected, exactly=True)
 
 
 class FollowsALoss(Noisy):

@@ -52,6 +52,24 @@ def test_a_resumed_run_keeps_the_learning_rate_that_was_found(tmp_path: Path) ->
     assert_equal_states(resumed, unbroken, exactly=True)
 
 
+def test_a_fit_after_the_evaluation_of_a_checkpoint_counts_its_rounds_from_its_own_first_step(tmp_path: Path) -> None:
+    rounds: list[int] = []
+
+    class Notes(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            strategy: Any = trainer.strategy
+            rounds.append(strategy.engine.clock.round)
+
+    loader = DataLoader(Augmented(), batch_size=4)
+    first = make_trainer(make_strategy(), max_epochs=1)
+    first.fit(Classifier(), loader)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    trainer, module = make_trainer(make_strategy(), max_epochs=1, callbacks=[Notes()]), Classifier(seed=8)
+    trainer.validate(module, loader, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    trainer.fit(module, loader)
+    assert rounds == [0, 0, 0, 1, 1]
+
+
 PASSED_OVER = ".*the metric of ReduceLROnPlateau was known, and the step that it decides is passed over"
 
 

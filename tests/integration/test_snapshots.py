@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from resist_lightning import CheckpointError, Config, NeuronConfig, NeuronSimulator, WorkerLost
@@ -26,7 +27,7 @@ from tests.helpers.trainers import (
     train_in_one_process,
 )
 from tests.helpers.training import assert_equal_states, clone_state
-from tests.integration.test_exact_resume import Noisy, loader_of
+from tests.integration.test_exact_resume import Noisy, Terminates, loader_of
 
 State = dict[str, Tensor]
 EPOCH = 20
@@ -188,6 +189,18 @@ def test_what_else_is_in_the_folder_stays_when_the_run_has_come_to_its_end(tmp_p
     run_trainers(starts_anew, 2, str(tmp_path))
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round=best", "thesis.tex"]
+
+
+def ends_by_a_signal(worker: int, folder: str) -> None:
+    trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Terminates(7)])
+    trainer.fit(Classifier(), stream(worker, 8))
+
+
+def test_snapshots_stay_where_a_signal_of_the_last_round_ends_the_program(tmp_path: Path) -> None:
+    """Started again by torchrun, it repeats that round, and not the whole training."""
+    outcomes = run_trainers_to_the_end(ends_by_a_signal, 2, str(tmp_path))
+    assert [type(outcome.error) for outcome in outcomes] == [SIGTERMException] * 2
+    assert SnapshotFolder(tmp_path).newest_first()[0].round == 2
 
 
 class Odd(L.Callback):

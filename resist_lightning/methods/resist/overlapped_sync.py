@@ -116,7 +116,9 @@ class OverlappedSync(BlockSync):
             stepping=self._stepping(averaged),
             unit_vectors=self._unit_vectors(averaged),
         )
-        self._transit = transit = Transit(self.replicated_tensors(round + 1))
+        # A single worker has no other holder of its blocks, which the plan leaves alone.
+        arriving = self.replicated_tensors(round + 1) if self._layout.workers > 1 else self._averaged(plan)
+        self._transit = transit = Transit(arriving)
         transit.add(averaged)
         # In this order, so that there are never three copies: an average of copies in one buffer needs no other.
         self._beside.put_together([transit.of(exact)])
@@ -231,6 +233,8 @@ class OverlappedSync(BlockSync):
             self._background.leave(_LEAVING_SECONDS)
         self._background, self._transit = None, None
         self._beside = self.exchange  # its group shall not live on with this object
+        if self._quantizer is not None:
+            self._compressed_mean = CompressedMean(self.exchange.collective, self._quantizer)
         super().end()
 
     @override

@@ -58,6 +58,11 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
         )
     if strategy._start_method != "popen":
         _refuse_lost_search(trainer)
+    if processes > 1 and getattr(trainer, "_val_check_time_interval", None) is not None:  # of Lightning 2.6
+        raise ValueError(
+            "val_check_interval is a time, after which each worker would validate by its own clock, in another step. "
+            "Give a number of batches, or a share of the epoch."
+        )
     check_callbacks(trainer, config)
     if config.needs_total_steps and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
         raise ValueError(

@@ -60,6 +60,11 @@ class Signals:
         return self._noted
 
     @property
+    def agreed(self) -> bool:
+        """Whether all workers know of a request that they act upon before the next batch."""
+        return bool(self._agreed)
+
+    @property
     def ending(self) -> bool:
         """Whether all workers know that they end before the next batch."""
         return bool(self._agreed & (_TERMINATE | _INTERRUPT))

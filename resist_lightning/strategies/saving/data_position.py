@@ -43,26 +43,35 @@ class Position:
         self.modes = ModuleModes()
         self._before_validation: Randomness | None = None
         self._keep_loaders = keep_loaders
-        self._fit_loop = trainer.fit_loop
-        self._epoch_loop = trainer.fit_loop.epoch_loop
+        self._fit_loop: Any = trainer.fit_loop
+        self._epoch_loop: Any = trainer.fit_loop.epoch_loop
         self._iterator_made: Randomness = {}
         self._before_fetch: dict[int, Randomness] = {}
         self._begun_again: dict[int, dict[int, Randomness]] = {}  # by loader and fetch: before a shorter one began anew
         self._order: list[object] | None = []  # the iterator's sampler iterators when it was made
         self.pending: dict[str, Any] = {}
         self._fetched_again: dict[int, Randomness] = {}
-        self._loaders: list[dict[str, Any]] = []
+        self._loaders: dict[int, list[dict[str, Any]]] = {}  # before the last fetch at which they were kept
+
+    @property
+    def trained(self) -> int:
+        """Number of batches of the epoch that are trained."""
+        return int(self._epoch_loop.batch_progress.current.processed)
+
+    @property
+    def next_is_fetched(self) -> bool:
+        """Whether the next batch has been fetched, and is still to be trained."""
+        return bool(self._epoch_loop.batch_progress.current.ready == self.trained + 1)
 
     def state(self) -> dict[str, Any]:
         """This worker's position after the batches that it has trained, for :meth:`restore`."""
         random = self._before_validation or self.random_state()
         state = {"random": random, "loaders_made_in": self._fit_loop._last_train_dl_reload_epoch}
-        progress: Any = self._epoch_loop.batch_progress.current
-        trained, fetched = progress.processed, progress.ready
-        if trained == fetched and self._epoch_loop._num_ready_batches_reached():
+        if self._epoch_loop._num_ready_batches_reached() and not self.next_is_fetched:
             return {**state, "ended_epoch": self._epochs_processed()}
-        # Where the next batch has been fetched and not trained, the loaders are one batch ahead of the position.
-        loaders = self._loaders if trained + 1 == fetched else self._loader_states()
+        trained = self.trained
+        # Loaders that are one batch ahead; where their state was not kept, a resumed run fetches all batches again.
+        loaders = self._loaders.get(trained, []) if self.next_is_fetched else self._loader_states()
         return {
             **state,
             "iterator_made": self._iterator_made,
@@ -125,9 +134,9 @@ class Position:
         if fetcher.fetched in self._fetched_again:
             self._set_random_state(self._fetched_again[fetcher.fetched])
         if self._keep_loaders():
-            self._loaders = self._loader_states()
+            self._loaders = {fetcher.fetched: self._loader_states()}
         # States that no checkpoint can need any more go, or an epoch would keep one per batch.
-        self._before_fetch = {**self._kept(self._trained()), fetcher.fetched: self.random_state()}
+        self._before_fetch = {**self._kept(self.trained), fetcher.fetched: self.random_state()}
 
     def note_epoch(self) -> None:
         """Called just before an epoch begins, with its hooks.
@@ -140,7 +149,7 @@ class Position:
 
     def begin_epoch(self, begin: Callable[[Any], None], fetcher: Any) -> None:
         """Called in place of Lightning's beginning of an epoch's batches, ``begin``, which may make an iterator."""
-        self._before_fetch, self._begun_again = {}, {}
+        self._before_fetch, self._begun_again, self._loaders = {}, {}, {}
         in_mid_epoch = "iterator_made" in self.pending
         if in_mid_epoch:
             # The last batch may have been fetched when the checkpoint was written, but it was not trained.
@@ -167,8 +176,7 @@ class Position:
 
     def _begins_next_epoch(self) -> bool:
         """Whether the run was stopped after the last batch of an epoch, which Lightning takes for ended."""
-        ended: int = self.pending.get("ended_epoch", self._epochs_processed())
-        return ended < self._epochs_processed()
+        return bool(self.pending.get("ended_epoch", self._epochs_processed()) < self._epochs_processed())
 
     def _begin_with_batch_0(self) -> None:
         """Reset the progress of an ended epoch, as Lightning does where it knows the number of batches."""
@@ -180,18 +188,12 @@ class Position:
             loop.val_loop.batch_progress.total.reset()
 
     def _epochs_processed(self) -> int:
-        progress: Any = self._fit_loop.epoch_progress.current
-        return int(progress.processed)
+        return int(self._fit_loop.epoch_progress.current.processed)
 
     def _iterator(self) -> object:
         """The iterator of the loaders; Lightning's fetcher only has the loaders."""
         loader = self._fit_loop._combined_loader
         return loader._iterator if loader is not None else None
-
-    def _trained(self) -> int:
-        """Number of batches of the epoch that are trained."""
-        progress: Any = self._epoch_loop.batch_progress.current
-        return int(progress.processed)
 
     def _set_random_state(self, state: Randomness) -> None:
         set_random_state(state)
@@ -217,7 +219,7 @@ class Position:
         state = self.pending.get("begun_again", {}).get(loader, {}).get(fetcher.fetched)
         if state is not None:
             self._set_random_state(state)
-        trained = self._trained()
+        trained = self.trained
         states = self._begun_again.get(loader, {})
         # Where trained batches are fetched again, the newest beginning determines all that follows it.
         needed = _newest(states, before=trained)

@@ -103,6 +103,10 @@ class Resumer:
             # A later fit resumes from the full model alone.
             state.pop("files", None)
             state.pop("modes", None)
+            if trainer.global_step == 0 and state:
+                # So a later fit trains from its first step, and rounds that are treated apart are counted from there.
+                state.update(round=0, step=0, steps_before=0)
+                state.pop("local_steps", None)
             state = copied(state)  # it was mapped, and is kept
         self.set_state(state, trainer.lightning_module)
 
@@ -171,9 +175,12 @@ class Resumer:
             self._checked = True
         self._snapshots.write(state, engine.clock.round)
 
-    def finish(self, engine: Engine) -> None:
-        """Called when the training has ended well: its snapshots go, and its state stays with the module."""
-        if self._snapshots is not None:
+    def finish(self, engine: Engine, *, interrupted: bool) -> None:
+        """Called when the training has ended well: its snapshots go, and its state stays with the module.
+
+        Where a signal ends the program now, the snapshots stay: torchrun may start it again, to do what follows.
+        """
+        if self._snapshots is not None and not interrupted:
             self._snapshots.end()
         self.set_state(engine.checkpoint_state(), engine.module)
 

@@ -32,7 +32,7 @@ class TrainerState:
         trainer = self._trainer
         # Gradients are state only while they are being added up over batches.
         manual = not trainer.lightning_module.automatic_optimization  # where only the module knows
-        accumulating = manual or trainer.fit_loop._should_accumulate()
+        accumulating = manual or self._accumulates()
         gradients = engine.sync.gradients() if accumulating else {}
         return {
             "position": self.position.state(),
@@ -43,6 +43,13 @@ class TrainerState:
             "passed_over": self._passed_over(),
         }
 
+    def _accumulates(self) -> bool:
+        """Whether the step is still to come for which the batches that are trained add up their gradients."""
+        if not self.position.next_is_fetched:
+            return self._trainer.fit_loop._should_accumulate()
+        # Lightning counts the batch that has been fetched.
+        return self.position.trained % self._trainer.accumulate_grad_batches != 0
+
     def _passed_over(self) -> list[list[Any]]:
         """The schedules that Lightning would skip if the run resumed here, and the metric that each follows.
 
@@ -52,7 +59,7 @@ class TrainerState:
         trainer = self._trainer
         progress: Any = trainer.fit_loop.epoch_progress.current
         at_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached() and progress.completed < progress.ready
-        if not at_end or not trainer.lightning_module.automatic_optimization:
+        if not at_end or self.position.next_is_fetched or not trainer.lightning_module.automatic_optimization:
             return []
         # At the end of the epoch all metrics are those of the epoch; in the validation before it, only its own are.
         metrics = trainer.callback_metrics if progress.processed == progress.ready else self._metrics_of_validation()

@@ -46,6 +46,8 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "outer, int4": (3, {"min_blocks": 1, "wire": "int4", **OUTER}),
     "DiLoCo, int2": (2, {"blocks": [], "batch_norm": "running", "momentum": "keep", "wire": "int2", **OUTER}),
     "local SGD": (3, {"blocks": [], "batch_norm": "running"}),
+    "one worker": (1, {"min_blocks": 1}),
+    "one worker, outer": (1, {"min_blocks": 1, "momentum": "keep", **OUTER}),
 }
 
 

@@ -102,6 +102,14 @@ def test_a_fit_that_cannot_work_is_refused(name: str, start_method: Any, trainer
         trainer_with(ResISTStrategy(**options, start_method=start_method), **endless).fit(make_module(), stream(0, 2))
 
 
+def test_validations_by_the_clock_are_refused(trainer_with: MakeTrainer) -> None:
+    if not hasattr(trainer_with(ResISTStrategy()), "_val_check_time_interval"):
+        pytest.skip("an option of Lightning 2.6")
+    trainer = trainer_with(ResISTStrategy(), val_check_interval="00:00:00:01")
+    with pytest.raises(ValueError, match=r"each worker would validate by its own clock.* number of batches"):
+        trainer.fit(Classifier(), stream(0, 2), stream(0, 2))
+
+
 @pytest.mark.parametrize(
     ("strategy", "reason"),
     [

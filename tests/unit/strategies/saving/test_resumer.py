@@ -11,9 +11,9 @@ from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 from resist_lightning.strategies.saving.resumer import Resumer
 
 
-def taken(fn: TrainerFn) -> tuple[Resumer, L.LightningModule]:
+def taken(fn: TrainerFn, global_step: int = 9) -> tuple[Resumer, L.LightningModule]:
     module = L.LightningModule()
-    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=fn), lightning_module=module)
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn=fn), lightning_module=module, global_step=global_step)
     resumer = Resumer(StrategyOptions())
     resumer.take({CHECKPOINT_KEY: {"step": 2, "files": ["a"], "modes": {"x.training": False}}}, trainer)
     return resumer, module
@@ -24,6 +24,8 @@ def test_a_training_resumes_with_all_and_after_a_test_with_the_full_model_alone(
     assert sorted(resumer.state_of(module)) == ["files", "modes", "step"]
     resumer, module = taken(TrainerFn.TESTING)
     assert resumer.state_of(module) == {"step": 2}
+    resumer, module = taken(TrainerFn.TESTING, global_step=0)  # the fit that follows has its first step
+    assert resumer.state_of(module) == {"round": 0, "step": 0, "steps_before": 0}
 
 
 def test_the_state_belongs_to_the_module_whose_weights_it_made() -> None:
