@@ -57,20 +57,24 @@ class Options(cli.Command):
     classes: int = option(10, "outputs of a network that asks for num_classes", least=1)
     link: str = option("1gbit", "100mbit, 1gbit, 10gbit, or bytes per second: 12.5e6")
     latency: float = option(
-        0.0, "seconds of a message beside its bytes; 0.0001 in a data centre, 0.02 over the internet", least=0
+        0.0, "seconds per message besides its bytes; 0.0001 in a data centre, 0.02 over the internet", least=0
     )
-    workers: int = option(4, "as many as will train", least=2)
-    local_steps: int = option(50, "of a round; the paper takes 50", least=1)
-    min_blocks: int | None = option(None, "null takes 5, or half of the blocks where there are fewer than 10", least=0)
+    workers: int = option(4, "workers of the training", least=2)
+    local_steps: int = option(50, "local steps per round; 50 in the paper", least=1)
+    min_blocks: int | None = option(None, "null: 5, or half of the blocks where there are fewer than 10", least=0)
     wire: str = option("fp32", choices=tuple(WIRE_FORMATS))
     optimizer_slots: int = option(
         1, "tensors per parameter: 1 for SGD with momentum, 2 for Adam", choices=tuple(OPTIMIZERS)
     )
     batch: int = option(32, "examples per worker and local step", least=1, smoke=2)
-    steps: int = option(5, "whose median is taken, for each part of the network", least=1, smoke=1)
-    step_seconds: float | None = option(None, "of the whole network where you will train; null measures here", above=0)
+    steps: int = option(5, "timed steps for each part of the network; their median counts", least=1, smoke=1)
+    step_seconds: float | None = option(
+        None, "seconds of a step of the whole network on your hardware; null: measured here", above=0
+    )
     point: float = option(
-        1.2, "times as fast a method must be for each point of accuracy that it costs; at 1 only speed counts", least=1
+        1.2,
+        "how many times faster a method must be for each point of accuracy that it costs; 1: only speed counts",
+        least=1,
     )
 
     def __post_init__(self) -> None:
@@ -98,7 +102,7 @@ class Options(cli.Command):
         made = build_network(OmegaConf.create(self.model), known)
         if not isinstance(made, nn.Module):
             raise ConfigError(
-                f"model._target_={self.model['_target_']}: made a {type(made).__name__}, not a torch.nn.Module"
+                f"model._target_={self.model['_target_']}: made a {type(made).__name__}, which is not a torch.nn.Module"
             )
         return made
 

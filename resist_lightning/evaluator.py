@@ -34,7 +34,8 @@ from resist_lightning.strategies.saving.checkpoint_io import AtomicIO, load_chec
 _TRIES = 2  # of a file that does not change: it may be one that is being copied
 _NO_CHECKPOINT = (
     f"The training must have ModelCheckpoint(dirpath=FOLDER) with this folder, whose files end in {SUFFIX}; check its "
-    "every_n_epochs and every_n_train_steps, and that `monitor` is a metric it has without validation, as 'step'."
+    "every_n_epochs and every_n_train_steps, and that `monitor` is a metric that exists without validation, such as "
+    "'step'."
 )
 
 
@@ -98,8 +99,8 @@ class CheckpointEvaluator:
             raise ValueError(f"silence={silence} and poll_seconds={poll_seconds} must be above 0 seconds.")
         if trainer.world_size > 1:
             raise ValueError(
-                f"the trainer has {trainer.world_size} processes, and an evaluator is one. Give Trainer(devices=1), "
-                "with no strategy."
+                f"the trainer has {trainer.world_size} processes, but an evaluator must be one. Use "
+                "Trainer(devices=1), without a strategy."
             )
         self._trainer = trainer
         self._by = None if monitor is None else [monitor, mode]
@@ -156,13 +157,15 @@ class _Following:
         for other in self._found:
             if other.by != by:
                 raise ValueError(
-                    f"the evaluations that are there have kept the best checkpoint by {_in_words(other.by)}, and this "
-                    f"call asks for {_in_words(by)}. Set out=FOLDER to a new folder, or ask for the same."
+                    f"the existing evaluations chose the best checkpoint by {_in_words(other.by)}, but this call asks "
+                    f"for {_in_words(by)}. Set out=FOLDER to a new folder, or ask for the same."
                 )
 
     def run(self, silence: float, poll_seconds: float) -> list[Evaluation]:
         """Evaluate until the training has ended, or is silent."""
-        rank_zero_info(f"Following {self._folder.path.resolve()}: {len(self._found)} models are evaluated already.")
+        rank_zero_info(
+            f"Following {self._folder.path.resolve()}: {len(self._found)} models have been evaluated already."
+        )
         last = time.monotonic()
         while True:
             ended = self._folder.ended  # before the look, so that it sees all files written before the marker
@@ -176,12 +179,13 @@ class _Following:
             if time.monotonic() - last > silence:
                 rank_zero_warn(
                     f"No new checkpoint in {self._folder.path} for {silence:g} s (silence), and no {END_MARKER}: the "
-                    "evaluator ends. If the training goes on, start it again; it goes on where it was."
+                    "evaluator ends. If the training is still running, start the evaluator again; it resumes where it "
+                    "stopped."
                 )
                 break
             time.sleep(poll_seconds)
         if not self._found:
-            raise CheckpointError(self._refused or f"there was no checkpoint in {self._folder.path}. {_NO_CHECKPOINT}")
+            raise CheckpointError(self._refused or f"no checkpoint appeared in {self._folder.path}. {_NO_CHECKPOINT}")
         return self._found
 
     def _look_at(self, file: Version) -> bool:
@@ -228,7 +232,9 @@ class _Following:
         assert self._by is not None
         monitor, mode = self._by
         if monitor not in metrics:
-            raise ValueError(f"monitor={monitor!r} is not logged in validation, which logs {[*metrics]}. Name another.")
+            raise ValueError(
+                f"monitor={monitor!r} is not logged in validation, which logs {[*metrics]}. Choose one of these."
+            )
         sign = 1 if mode == "max" else -1
         before = [sign * other.metrics[monitor] for other in self._found if other.best]
         value = sign * metrics[monitor]
@@ -240,7 +246,7 @@ class _Following:
         if self._tries[file] == _TRIES:
             self._folder.done(file)
             self._refused = text
-            rank_zero_warn(f"{text} The evaluator leaves it out, unless it changes.")
+            rank_zero_warn(f"{text} The evaluator skips it unless it changes.")
 
 
 def hash_weights(state: Mapping[str, Any]) -> str:

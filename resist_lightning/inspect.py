@@ -94,7 +94,9 @@ def inspect_model(module: nn.Module, *, workers: int = 2, example: Any = None, *
     """
     layout = BlockLayout(module, Config(**options), workers)
     flops = None if example is None else _forward(layout, example)
-    note = "" if example is not None else "Whether unknown blocks fold, and FLOPs, are seen with an example input."
+    note = (
+        "" if example is not None else "FLOPs, and whether unknown blocks fold, are only known with an example input."
+    )
     return Inspection(
         layout, overview.rows(layout, flops), overview.costs(layout, flops), overview.alternatives(layout), note
     )
@@ -124,7 +126,7 @@ def _forward(layout: BlockLayout, example: Any) -> overview.Flops:
         said = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{type(module).__name__} does not take the example ({_describe(example)}): its forward raised "
-            f"{type(error).__name__}: {said}. Give it an input of its own shape and type."
+            f"{type(error).__name__}: {said}. Give an input of the shape and type that it takes."
         ) from error
     finally:
         look.remove()
@@ -180,9 +182,9 @@ def _inspect(module: nn.Module, workers: int, inputs: Sequence[str], given: Mapp
         except BlockSelectionError:
             raise
         except ValueError:
-            return replace(found, note=f"{found.note} {guess} did not fit: say --input SHAPE.")
-        return replace(found, note=f"Seen with an input of {guess}, a guess; say --input SHAPE for another.")
-    return replace(found, note=f"{found.note} Say --input SHAPE.")
+            return replace(found, note=f"{found.note} {guess} did not fit: give --input SHAPE.")
+        return replace(found, note=f"Measured with an input of {guess}, a guess; give --input SHAPE for another.")
+    return replace(found, note=f"{found.note} Give --input SHAPE.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,13 +193,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="arguments of the factory")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--blocks", action="append", metavar="GLOB", help="choose these blocks; may be repeated")
-    parser.add_argument("--min-blocks", type=int, help="least number of blocks per worker")
+    parser.add_argument("--min-blocks", type=int, help="minimum number of blocks per worker")
     parser.add_argument(
         "--input",
         action="append",
         default=[],
         metavar="SHAPE",
-        help="of an example, such as 2x3x224x224, or 2x16:long for whole numbers; once for each argument",
+        help="shape of an example input, such as 2x3x224x224, or 2x16:long for whole numbers; once for each argument",
     )
     parser.add_argument("--picture", metavar="FILE", help="draw who holds which block in the first rounds")
     return parser
@@ -211,7 +213,7 @@ def _build(factory: str, arguments: Sequence[str]) -> nn.Module:
     try:
         make: Any = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error}; is it installed, or its folder the current one or in PYTHONPATH?") from error
+        raise ValueError(f"{error}; is it installed, or in the current folder or on PYTHONPATH?") from error
     for part in name.split("."):
         if not hasattr(make, part):
             near = get_close_matches(part, dir(make))

@@ -45,17 +45,17 @@ class Options(cli.Command):
         "folder", "cifar10 is torchvision's download", choices=("folder", "cifar10", "digits"), smoke="digits"
     )
     folder: str | None = option(None, "folder=PATH with train/<class>/* and test/<class>/*")
-    cache_dir: str = option("runs/cache", "where decoded images are kept")
+    cache_dir: str = option("runs/cache", "folder for decoded images")
     jobs: int = option(2, "cases at a time, one core each", least=1, most=64, smoke=1)
-    fresh: bool = option(False, "true measures again what is there")
+    fresh: bool = option(False, "true measures existing results again")
     seeds: int = option(3, "3 as in the paper", least=1, most=100, smoke=1)
-    ablation_seeds: int = option(2, "seeds of the cases that only ablations have", least=1, most=100, smoke=1)
+    ablation_seeds: int = option(2, "seeds of cases that are only in ablations", least=1, most=100, smoke=1)
     samples: int = option(
         750_000, "training images that all workers of a case see together", least=1, short=61_440, smoke=192
     )
     batch: int = option(32, "images per local step of one worker", least=1, smoke=8)
     eval_batch: int = option(250, "images per evaluation step; matters to batch_norm=batch", least=1)
-    evaluations: int = option(5, "evaluations per training, at equal distances", least=1, short=8, smoke=2)
+    evaluations: int = option(5, "evaluations per training, evenly spaced", least=1, short=8, smoke=2)
     limit: int | None = option(None, "training images per class, null for all", least=1, smoke=20)
     limit_test: int | None = option(None, "test images per class, null for all", least=1, short=500, smoke=5)
     holdout: float = option(0.04, "share of the training images", above=0, below=1, smoke=0.1)
@@ -63,13 +63,13 @@ class Options(cli.Command):
     width: float = option(0.25, "1.0 is the paper's width", above=0, short=0.125, smoke=0.0625)
     deep: int = option(9, "blocks in section 3; all but the first are partitioned", least=3, most=64, smoke=4)
     lr: float = option(0.05, "highest learning rate", above=0, short=0.03, smoke=0.1)
-    schedule: str = option("one_cycle", "of the learning rate", choices=("one_cycle", "steps"), short="steps")
-    smoothing: float = option(0.1, "of labels", least=0, below=1, short=0.0)
-    nesterov: bool = option(True, "momentum looks ahead", short=False)
-    fast: bool = option(True, "a last batch norm, bfloat16, channels last", short=False, smoke=False)
+    schedule: str = option("one_cycle", "schedule of the learning rate", choices=("one_cycle", "steps"), short="steps")
+    smoothing: float = option(0.1, "label smoothing", least=0, below=1, short=0.0)
+    nesterov: bool = option(True, "Nesterov momentum", short=False)
+    fast: bool = option(True, "a batch norm before the pooling, bfloat16, channels last", short=False, smoke=False)
     local_steps: int = option(50, "local steps per round", least=1, short=25, smoke=2)
     min_blocks: int = option(2, "minimum blocks per worker", least=0)
-    fragments: int = option(4, "of the network, in the study overlap", least=2, smoke=2)
+    fragments: int = option(4, "fragments of the network, in the study overlap", least=2, smoke=2)
     check_samples: int = option(25_600, "images in the check against real processes", least=1, short=12_800, smoke=256)
     lengths: list[int] = option([10, 25, 50, 100, 250, 500], "local steps per round", least=1, smoke=[2, 10])
     rates: list[float] = option([0.01, 0.03, 0.1], "learning rates", above=0, smoke=[0.1])
@@ -78,12 +78,10 @@ class Options(cli.Command):
         if self.data != "digits" and self.folder is None:
             raise ConfigError(
                 f"folder is missing: data={self.data} needs folder=PATH (folder: train/<class>/* and test/<class>/*; "
-                "cifar10: where torchvision's files are or shall be), or take data=digits"
+                "cifar10: the folder for torchvision's files), or set data=digits"
             )
         if self.data == "folder" and not Path(str(self.folder)).is_dir():
-            raise ConfigError(
-                f"folder={self.folder}: is not a folder; give one with train/<class>/* and test/<class>/*"
-            )
+            raise ConfigError(f"folder={self.folder}: is not a folder; it must have train/<class>/* and test/<class>/*")
         if self.min_blocks > self.deep - 1:
             raise ConfigError(
                 f"min_blocks={self.min_blocks}: deep={self.deep} has {self.deep - 1} blocks to partition; "
@@ -93,7 +91,7 @@ class Options(cli.Command):
         for key in ("samples", "check_samples"):
             value = getattr(self, key)
             if value < step:
-                raise ConfigError(f"{key}={value}: must be at least batch x {LARGEST_WORKERS} = {step}; raise it")
+                raise ConfigError(f"{key}={value}: must be at least batch x {LARGEST_WORKERS} = {step}; increase it")
 
     def __hash__(self) -> int:
         return hash(repr(self))

@@ -59,7 +59,7 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
         raise ConfigError("trainer.max_epochs=null with trainer.max_steps=-1: would never end; set one of the two")
     if cfg.ckpt_path not in (None, "best", "last") and not Path(str(cfg.ckpt_path)).is_file():
         raise ConfigError(
-            f"ckpt_path={cfg.ckpt_path}: is no file; best and last are checkpoints of this training, null tests the "
+            f"ckpt_path={cfg.ckpt_path}: is not a file; best and last are checkpoints of this training, null tests the "
             "model as the training leaves it"
         )
     strategy = build_strategy(cfg.strategy)

@@ -87,17 +87,17 @@ def _values(override: Override, *, grid: bool) -> list[str]:
         interval: Any = override.value()
         if grid:
             raise ConfigError(
-                f"{given}: a grid needs values to go through, and an interval has none. Give a list such as "
-                f"{key}={interval.start:g},{interval.end:g}, or range(START,STOP,STEP); intervals are for sweepers that "
-                "search, such as Hydra's plugin for Optuna (hydra/sweeper=optuna)."
+                f"{given}: a grid needs a list of values, and an interval is not one. Give a list such as "
+                f"{key}={interval.start:g},{interval.end:g}, or range(START,STOP,STEP); intervals are for sweepers "
+                "that search, such as Hydra's plugin for Optuna (hydra/sweeper=optuna)."
             )
         return [f"{key}={interval.start}", f"{key}={interval.end}"]
     try:
         values = [f"{key}={value}" for value in override.sweep_string_iterator()]
     except (HydraException, ValueError) as error:
-        raise ConfigError(f"{given}: has no values to go through ({error})") from error
+        raise ConfigError(f"{given}: has no values to try ({error})") from error
     if not values:
-        raise ConfigError(f"{given}: has no values to go through, so no job would run")
+        raise ConfigError(f"{given}: has no values to try, so no job would run")
     return values
 
 

@@ -19,23 +19,21 @@ BATCHES = "a whole number of batches, a share, or null"
 @dataclass
 class Trainer:
     _target_: str = MISSING
-    accelerator: str = option(choices=ACCELERATORS, hint="auto takes what is there")
+    accelerator: str = option(choices=ACCELERATORS, hint="auto uses what the host has")
     devices: int = option(least=1, hint="workers on this host; 1 is plain training")
     num_nodes: int = option(least=1, hint="hosts")
     precision: str = MISSING
-    max_epochs: int | None = option(
-        least=1, hint="passes over a worker's images; limit by trainer.max_steps instead: null"
-    )
+    max_epochs: int | None = option(least=1, hint="passes over a worker's images; null: limited by trainer.max_steps")
     max_steps: int = option(least=-1, hint="local steps; -1 for no limit")
-    accumulate_grad_batches: int = option(least=1, hint="1 steps after every batch")
+    accumulate_grad_batches: int = option(least=1, hint="1: a step after every batch")
     gradient_clip_val: float | None = option(above=0, hint="null for no clipping")
-    check_val_every_n_epoch: int = option(least=1, hint="1 validates after every epoch")
+    check_val_every_n_epoch: int = option(least=1, hint="1: validates after every epoch")
     limit_train_batches: int | float | None = option(above=0, hint=BATCHES)
     limit_val_batches: int | float | None = option(least=0, hint=BATCHES)
     limit_test_batches: int | float | None = option(above=0, hint=BATCHES)
-    overfit_batches: int | float = option(least=0, hint="0 for usual training")
+    overfit_batches: int | float = option(least=0, hint="0 for normal training")
     num_sanity_val_steps: int = option(least=-1, hint="0 for none")
-    log_every_n_steps: int = option(least=1, hint="10 is enough for a curve")
+    log_every_n_steps: int = option(least=1, hint="10 is the default")
     fast_dev_run: int | bool = MISSING
     deterministic: bool = MISSING
     detect_anomaly: bool = MISSING
@@ -82,9 +80,9 @@ class Evaluate:
     ckpt_path: str = MISSING
     run_dir: str | None = MISSING
     strategy: Any = MISSING
-    split: str = option(choices=("test", "val"), hint="val is the hold-out of the training images")
-    accelerator: str = option(choices=ACCELERATORS, hint="auto takes what is there")
-    devices: int = option(least=1, hint="1 unless a strategy is named")
+    split: str = option(choices=("test", "val"), hint="val: images held out of the training set")
+    accelerator: str = option(choices=ACCELERATORS, hint="auto uses what the host has")
+    devices: int = option(least=1, hint="1 unless a strategy is set")
     seed: int = option(least=0, hint="0 is a seed")
     output_dir: str = MISSING
 
@@ -101,7 +99,7 @@ class Follow:
     mode: str = option(choices=("min", "max"), hint="max for an accuracy")
     silence: float = option(above=0, hint="seconds; 3600 is the default")
     poll_seconds: float = option(above=0, hint="5 is the default")
-    accelerator: str = option(choices=ACCELERATORS, hint="auto takes what is there")
+    accelerator: str = option(choices=ACCELERATORS, hint="auto uses what the host has")
     threads: int | None = option(least=1, hint="CPU threads; null takes all cores")
     seed: int = option(least=0, hint="0 is a seed")
     output_dir: str = MISSING

@@ -47,24 +47,24 @@ RECORDED = {
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result files", smoke="runs/auxnet")
-    fresh: bool = option(False, "true measures again what is there")
+    fresh: bool = option(False, "true measures existing results again")
     folder: str | None = option(None, "folder=PATH with train/<class>/* and test/<class>/*, for the tasks cifar_*")
-    cache_dir: str = option("runs/cache", "where decoded images are kept")
+    cache_dir: str = option("runs/cache", "folder for decoded images")
     tasks: list[str] = option(SHORT_TASKS, choices=TASKS, smoke=["digits"])
     methods: list[str] = option(list(METHODS), choices=METHODS)
-    workers: list[int] = option([1, 2, 3], "tasks have cuts for 3", least=1, most=3, smoke=[1, 2])
-    seeds: int = option(3, "3 for a spread", least=1, most=100, smoke=1)
-    epochs: int | None = option(None, "passes over the training images; null: the task's", least=1)
-    evaluations: int = option(4, "evaluations per training, at equal distances", least=1, smoke=2)
-    micro_batches: int = option(4, "of the pipeline, per step; the batch must be a multiple", least=2, smoke=2)
-    schedule: str = option("gpipe", "of the pipeline", choices=("gpipe", "1f1b"))
+    workers: list[int] = option([1, 2, 3], "tasks have cuts for up to 3 workers", least=1, most=3, smoke=[1, 2])
+    seeds: int = option(3, "3 or more show the spread", least=1, most=100, smoke=1)
+    epochs: int | None = option(None, "passes over the training images; null: the task's default", least=1)
+    evaluations: int = option(4, "evaluations per training, evenly spaced", least=1, smoke=2)
+    micro_batches: int = option(4, "micro-batches per step of the pipeline; must divide the batch", least=2, smoke=2)
+    schedule: str = option("gpipe", "schedule of the pipeline", choices=("gpipe", "1f1b"))
     sweep_tasks: list[str] = option(["digits", "cifar_deep"], choices=TASKS, smoke=["digits"])
     betas: list[float] = option([0.1, 1.0, 10.0, 100.0], "weights of the penalty", above=0, smoke=[0.1, 1.0])
     aux_widths: list[int] = option([16, 32, 64], "channels of the auxiliary networks", least=1, smoke=[4])
-    aux_rates: list[float] = option([0.03, 0.1, 0.3], "of the auxiliary networks", above=0, smoke=[0.1])
-    warmups: list[int] = option([0, 50, 200], "steps", least=0, smoke=[2])
-    serial_every: list[int] = option([2, 4, 8], "steps", least=1, smoke=[2])
-    lambda_steps: list[float] = option([0.1, 0.3, 1.0], "steps of the guesses", above=0, most=1, smoke=[0.5])
+    aux_rates: list[float] = option([0.03, 0.1, 0.3], "learning rates of the auxiliary networks", above=0, smoke=[0.1])
+    warmups: list[int] = option([0, 50, 200], "steps of warm-up", least=0, smoke=[2])
+    serial_every: list[int] = option([2, 4, 8], "every such step is serial", least=1, smoke=[2])
+    lambda_steps: list[float] = option([0.1, 0.3, 1.0], "step sizes of the guesses", above=0, most=1, smoke=[0.5])
     networks: list[str] = option(list(TIMED), choices=TIMED, smoke=["resnet_38"])
     steps: int = option(30, "steps of a training that is only timed; the first third is not counted", least=4, smoke=6)
     repeats: int = option(3, "trainings of each kind that are timed, interleaved", least=1, smoke=1)
@@ -77,14 +77,14 @@ class Options(cli.Command):
         if self.schedule == "1f1b" and "pipeline" in self.methods and max(self.workers) > self.micro_batches:
             raise ConfigError(
                 f"micro_batches={self.micro_batches}: schedule=1f1b needs as many micro-batches as workers, "
-                f"{max(self.workers)}; raise it, or take schedule=gpipe"
+                f"{max(self.workers)}; increase it, or set schedule=gpipe"
             )
         for name in dict.fromkeys([*self.tasks, *self.networks, *self.link_networks]):
             batch = ALL[name].scales[self.size].batch
             if "pipeline" in self.methods and batch % self.micro_batches:
                 raise ConfigError(
-                    f"micro_batches={self.micro_batches}: {name} has batches of {batch}, which must be a multiple, so that "
-                    "the mean over micro-batches is that over the batch"
+                    f"micro_batches={self.micro_batches}: {name} has batches of {batch}, which must be a multiple of "
+                    "it, so that the mean over micro-batches equals the mean over the batch"
                 )
 
 

@@ -53,12 +53,12 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/benchmarks")
     workers: int = option(2, "processes", least=2)
     turns: int = option(3, "trainings of each kind", least=1, smoke=1)
-    evaluations: int = option(3, "in a training", least=1, smoke=1)
+    evaluations: int = option(3, "evaluations per training", least=1, smoke=1)
     local_steps: int = option(12, "per round", least=1, smoke=2)
-    depth: int = option(38, "of the network", least=26, smoke=26)
+    depth: int = option(38, "depth of the network", least=26, smoke=26)
     width: float = option(0.25, "1.0 is the paper's", above=0, smoke=1 / 16)
     batch: int = option(16, "images", least=2, smoke=4)
-    examples: int = option(768, "images of an evaluation", least=2, smoke=16)
+    examples: int = option(768, "images per evaluation", least=2, smoke=16)
     image: int = option(16, "pixels", least=8, smoke=8)
 
 

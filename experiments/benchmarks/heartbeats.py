@@ -49,12 +49,16 @@ BUSY = Heartbeat(100, what="local steps", doing="local steps, round 12, local st
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/benchmarks")
-    counted: list[int] = option([64, 256, 1000, 4096], "workers that are counted", least=2, smoke=[2, 16])
-    busy: list[int] = option([64, 256, 1000], "workers whose beats a real store serves", least=2, smoke=[16])
-    beats: int = option(20, "that the real store serves", least=1, smoke=2)
+    counted: list[int] = option(
+        [64, 256, 1000, 4096], "numbers of workers for which messages are counted", least=2, smoke=[2, 16]
+    )
+    busy: list[int] = option(
+        [64, 256, 1000], "numbers of workers whose heartbeats a real store serves", least=2, smoke=[16]
+    )
+    beats: int = option(20, "heartbeats of each worker that the real store serves", least=1, smoke=2)
     processes: int = option(64, "real light processes", least=3, smoke=4)
-    seconds: int = option(10, "that they run before one is lost", least=2, smoke=2)
-    silence: float = option(10.0, "after which a silent worker is lost, in seconds", least=3.0, smoke=3.0)
+    seconds: int = option(10, "seconds that the light processes run before one is lost", least=2, smoke=2)
+    silence: float = option(10.0, "seconds of silence after which a worker counts as lost", least=3.0, smoke=3.0)
 
 
 class CountingStore:

@@ -24,8 +24,8 @@ from experiments.harness.settings import option
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file")
-    run: str = option(hint="the folder of a run of train.py, run=RUN_DIR")
-    name: str = option(hint="of the result file, name=NAME")
+    run: str = option(hint="folder of a run of train.py: run=RUN_DIR")
+    name: str = option(hint="name of the result file: name=NAME")
     pictures: str | None = option(None, "folder of the pictures")
 
 

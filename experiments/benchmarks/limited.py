@@ -42,8 +42,8 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/benchmarks")
     methods: list[str] = option(list(METHODS), "tried", choices=METHODS, smoke=["resist_late"])
     workers: int = option(16, "processes of ResIST", least=2, smoke=2)
-    width: int = option(1024, "of the network", least=8, smoke=256)
-    blocks: int = option(64, "residual MLPs, a multiple of the workers", least=2, smoke=8)
+    width: int = option(1024, "width of the network", least=8, smoke=256)
+    blocks: int = option(64, "number of residual MLPs, a multiple of workers", least=2, smoke=8)
 
 
 def work(worker: int, task: tuple[str, int, int, str, list[MemoryGroup]]) -> dict[str, Any]:

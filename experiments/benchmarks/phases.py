@@ -50,7 +50,7 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file and the picture", smoke="runs/benchmarks")
     workers: list[int] = option([2, 4, 8], "processes", least=2, smoke=[2])
     methods: list[str] = option(list(tables.METHODS), "trained", choices=tuple(tables.METHODS), smoke=["resist_late"])
-    width: int = option(512, "of the network", least=8, smoke=64)
+    width: int = option(512, "width of the network", least=8, smoke=64)
     blocks: int = option(16, "residual MLPs", least=2, smoke=4)
 
 

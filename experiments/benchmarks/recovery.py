@@ -56,18 +56,18 @@ SAVED_AT = 2  # local steps of the first round after which checkpoints are writt
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/benchmarks")
-    files: str | None = option(None, "folder of the files written, which stay; else a temporary one")
+    files: str | None = option(None, "folder for the files, which are kept; null: a temporary folder")
     workers: int = option(2, "processes", least=2)
     sections: list[int] = option([3, 4, 23, 3], "blocks", least=1, smoke=[1, 2, 5, 3])
     width: float = option(1.0, "1.0 is the paper's", above=0, smoke=1 / 32)
     batch: int = option(2, "images", least=1)
-    rounds: int = option(8, "of the snapshots", least=2, smoke=3)
+    rounds: int = option(8, "rounds with snapshots", least=2, smoke=3)
     local_steps: int = option(3, "per round", least=2)
     every: list[int] = option([1, 10], "rounds between two snapshots", least=1, smoke=[1, 2])
     saves: int = option(4, "checkpoints", least=1, smoke=2)
-    resumes: int = option(3, "of each way", least=1, smoke=1)
-    turns: int = option(9, "of the added time", least=1, smoke=1)
-    steps: int = option(1000, "of each turn", least=20, smoke=20)
+    resumes: int = option(3, "resumes of each kind", least=1, smoke=1)
+    turns: int = option(9, "repetitions that measure the added time", least=1, smoke=1)
+    steps: int = option(1000, "local steps of each repetition", least=20, smoke=20)
 
 
 class Measured(ResISTStrategy):

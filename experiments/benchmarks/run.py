@@ -30,19 +30,21 @@ from experiments.harness.workers import forked
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result files", smoke="runs/benchmarks")
-    workers: list[int] = option([2, 4], "groups whose memory is measured", least=2, smoke=[2])
-    depth: int = option(101, "of the paper's network", choices=(14, 26, 38, 101, 152, 200), smoke=14)
-    rounds: int = option(3, "of the memory", least=1, smoke=1)
-    turns: int = option(20, "of the syncs", least=1, smoke=2)
-    step_turns: int = option(4, "of the step times", least=1, smoke=1)
-    steps: int = option(12, "that are timed per turn", least=4, smoke=4)
-    before: str | None = option(None, "another checkout of this repository, whose syncs are measured beside (wires)")
-    folder: str = option("digits", "of images for the policies; digits are scikit-learn's")
-    cache_dir: str = option("runs/cache", "where decoded images are kept")
+    workers: list[int] = option([2, 4], "numbers of workers whose memory is measured", least=2, smoke=[2])
+    depth: int = option(101, "depth of the paper's network", choices=(14, 26, 38, 101, 152, 200), smoke=14)
+    rounds: int = option(3, "rounds in which memory is measured", least=1, smoke=1)
+    turns: int = option(20, "repetitions of the measured syncs", least=1, smoke=2)
+    step_turns: int = option(4, "repetitions of the step times", least=1, smoke=1)
+    steps: int = option(12, "timed local steps per repetition", least=4, smoke=4)
+    before: str | None = option(
+        None, "another checkout of this repository, whose syncs are measured for comparison (wires)"
+    )
+    folder: str = option("digits", "folder of images for the policies; digits: scikit-learn's")
+    cache_dir: str = option("runs/cache", "folder for decoded images")
     limit: int | None = option(None, "training images per class", least=1, smoke=20)
-    epochs: int = option(12, "of the policies", least=1, smoke=1)
-    seeds: int = option(3, "of the policies and of the made task", least=1, smoke=1)
-    examples: int = option(8192, "of the made task", least=128, smoke=256)
+    epochs: int = option(12, "epochs of the policies' trainings", least=1, smoke=1)
+    seeds: int = option(3, "seeds of the policies and of the synthetic task", least=1, smoke=1)
+    examples: int = option(8192, "examples of the synthetic task", least=128, smoke=256)
 
 
 def run(names: Sequence[str], options: Options) -> None:

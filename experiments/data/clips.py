@@ -72,7 +72,7 @@ def list_clips(folder: Path) -> Listing:
     """
     if not is_there(folder):
         raise ValueError(
-            f"folder={str(folder)!r} is not there or empty; download=true fetches Speech Commands to it (2.3 GB), or "
+            f"folder={str(folder)!r} is missing or empty; download=true fetches Speech Commands to it (2.3 GB), or "
             f"extract {VERSION_2.url} there yourself"
         )
     missing = [word for word in WORDS if not (folder / word).is_dir()]
@@ -130,13 +130,13 @@ def read_clip(path: Path) -> np.ndarray | None:
             width = file.getsampwidth()
             content = file.readframes(SAMPLES + 1)  # one more, to see that the clip is longer
     except (wave.Error, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a wav file ({error}); mend or remove it") from error
+        raise ValueError(f"{path} cannot be read as a wav file ({error}); repair or remove it") from error
     if rate != SAMPLE_RATE:
         raise ValueError(
-            f"{path} has {rate} samples a second; needs {SAMPLE_RATE}, as the original data set has: resample it"
+            f"{path} has {rate} samples a second; it needs {SAMPLE_RATE}, as in the original data set: resample it"
         )
     if (channels, width) != (1, SAMPLE_BYTES):
         raise ValueError(
-            f"{path} has {channels} channel(s) of {8 * width} bits; needs 1 of {8 * SAMPLE_BYTES} bits: convert it"
+            f"{path} has {channels} channel(s) of {8 * width} bits; it needs 1 of {8 * SAMPLE_BYTES} bits: convert it"
         )
     return np.frombuffer(content, "<i2") if len(content) == SAMPLES * SAMPLE_BYTES else None

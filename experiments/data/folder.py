@@ -81,7 +81,7 @@ class ImageFolder(ImageData):
         if len(parts) == 1:
             raise ValueError(
                 f"{self.folder} has {parts[0]}/ only; add the other of train/ and test/, or give "
-                f"{self.folder / parts[0]} itself to have it split"
+                f"{self.folder / parts[0]} itself, which will be split"
             )
         if not parts:
             return {"all": list_images(self.folder)}
@@ -149,7 +149,7 @@ def _decode_one(path: Path, image_size: int) -> np.ndarray:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); mend or remove it") from error
+        raise ValueError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
     if image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image)

@@ -141,7 +141,7 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
 
     def _dataset(self, part: str) -> ArrayDataset[Examples]:
         if part not in self.parts:
-            raise RuntimeError("setup(stage) must be called before a loader of that stage is asked for")
+            raise RuntimeError("setup(stage) must be called before a loader of that stage is requested")
         return ArrayDataset(self.parts[part])
 
 

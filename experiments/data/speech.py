@@ -73,7 +73,7 @@ class SpeechCommands(FeatureData):
         left_out = self._cached()["left_out"]
         if left_out:
             rank_zero_info(
-                f"{left_out} of {len(self.listing.files)} clips of {self.folder} are left out: they do not have "
+                f"{left_out} of {len(self.listing.files)} clips of {self.folder} are skipped: they do not have "
                 f"{mel.SAMPLES} samples"
             )
 
@@ -110,7 +110,7 @@ def standardised(listing: Listing) -> dict[str, Any]:
     if not len(found) or tested.all() or not tested.any():
         raise ValueError(
             f"{listing.folder}: {len(found)} of {len(listing.files)} clips have {mel.SAMPLES} samples, and "
-            f"{int(tested.sum())} of them are of the test's speakers; neither training nor test can be empty"
+            f"{int(tested.sum())} of them are of test speakers; neither training nor test set can be empty"
         )
     # Per clip first: `table[~tested]` would be a copy of most of it.
     variance, mean = torch.var_mean(table, dim=1, correction=0)

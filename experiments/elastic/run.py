@@ -40,8 +40,8 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/elastic")
     hosts: int = option(3, "torchruns", least=2, smoke=2)
     steps: int = option(150, "local steps of the whole training", least=1, smoke=80)
-    seconds: float = option(0.4, "that a worker rests after each local step", above=0, smoke=0.3)
-    away: float = option(5.0, "seconds before the lost host comes back", least=0, smoke=0.0)
+    seconds: float = option(0.4, "seconds that a worker sleeps after each local step", above=0, smoke=0.3)
+    away: float = option(5.0, "seconds until the lost host comes back", least=0, smoke=0.0)
     limit: float = option(180.0, "seconds to wait for anything", above=0)
 
 

@@ -72,7 +72,7 @@ class Fault:
             raise ValueError(f"{self.kind} cannot happen at {self.place!r}; it happens at {only!r}.")
         if self.step and self.place not in WITH_STEP:
             raise ValueError(
-                f"step={self.step} has a meaning at {' and '.join(WITH_STEP)} only, not at {self.place!r}."
+                f"step={self.step} has a meaning only at {' and '.join(WITH_STEP)}, not at {self.place!r}."
             )
 
     def __str__(self) -> str:
@@ -120,7 +120,7 @@ class Injector(L.Callback):
         """Called when no worker waits for another any more."""
         self._disarm()
         if trainer.global_rank == self.fault.worker and not self.struck:
-            raise NeverStruck(f"{self.fault} did not happen: the training ended without coming there.")
+            raise NeverStruck(f"{self.fault} did not happen: the training ended before it reached that place.")
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

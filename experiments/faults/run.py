@@ -41,25 +41,29 @@ from experiments.harness.tables import show
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", sample="runs/faults", smoke="runs/faults")
-    minutes: float = option(60.0, "no fault is begun later", above=0)
+    minutes: float = option(60.0, "no fault is started later", above=0)
     cases: str = option(
         "random",
-        "every kind at every place; sample takes chosen ones",
+        "random: every kind at every place; sample: selected ones",
         choices=("random", "sample"),
         sample="sample",
         smoke="sample",
     )
     number: int = option(200, "faults", least=1, sample=10, smoke=2)
-    seed: int = option(0, "of the drawing", least=0)
-    timeout_seconds: float = option(20.0, "of the strategy: longer than the slowest worker's lag in a round", above=0)
-    silence_seconds: float = option(3.0, "of the strategy: longer than the slowest local step", above=0)
+    seed: int = option(0, "seed of the random faults", least=0)
+    timeout_seconds: float = option(
+        20.0, "timeout= of the strategy; must exceed the slowest worker's lag in a round", above=0
+    )
+    silence_seconds: float = option(3.0, "silence= of the strategy; must exceed the slowest local step", above=0)
     limit_seconds: float = option(
-        35.0, "from a fault to the end of the last survivor; whoever still runs then hangs", above=0
+        35.0, "from a fault to the end of the last survivor; a process that still runs then counts as hanging", above=0
     )
     launch_seconds: float = option(
-        40.0, "more of both limits where a launcher starts the workers, one after another", above=0
+        40.0,
+        "added to limit_seconds and timeout_seconds where a launcher starts the workers, one after another",
+        above=0,
     )
-    join: list[str] = option([], "result files to be joined instead", empty=True)
+    join: list[str] = option([], "result files to join instead of running", empty=True)
 
 
 class Soak:

@@ -80,7 +80,7 @@ def joined(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"records with different {', '.join(sorted(differing))} cannot be joined.")
     seeds = [content["settings"]["seed"] for content in contents]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds {seeds}: the same faults would count twice; join records with different seeds.")
+        raise ValueError(f"seeds {seeds}: the same faults would be counted twice; join records with different seeds.")
     rows = [row for content in contents for row in content["rows"]]
     return {
         **first,

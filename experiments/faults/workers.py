@@ -161,7 +161,9 @@ class _Forked(_Watch):
     def start(self) -> None:
         threads = len(os.listdir("/proc/self/task"))
         if threads > 1:
-            raise RuntimeError(f"this process has {threads} threads and must not be forked; set OMP_NUM_THREADS=1.")
+            raise RuntimeError(
+                f"this process has {threads} threads, but a process to fork may have only one; set OMP_NUM_THREADS=1."
+            )
         port, context = free_port(), multiprocessing.get_context("fork")
         self.processes: list[ForkProcess] = []
         for worker in self.workers:

@@ -41,24 +41,28 @@ KINDS = ("kill", "freeze", "raise_error")
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result files")
-    seconds: float = option(520, "of the whole command, at most", above=0, smoke=85)
-    fresh: bool = option(False, "true measures again what is there")
-    ranks: list[int] = option([2, 4], "that share the device", least=2, most=8, smoke=[2])
-    methods: list[str] = option(list(METHODS), "methods whose contracts are tried", choices=METHODS)
-    width: float = option(1.0, "of the networks; 1.0 is the paper's", above=0, smoke=0.0625)
-    pixels: int = option(32, "of images, which are made", least=8, smoke=8)
-    batch: int = option(128, "images of a rank in a local step", least=1, smoke=4)
-    modes: list[str] = option(list(MODES), "of the step times", choices=MODES, smoke=[MODES[0], MODES[-1]])
-    steps: int = option(10, "local steps that are timed together", least=1, smoke=2)
-    turns: int = option(5, "of the step times", least=1, smoke=2)
-    compiler: str = option("inductor", "of compiled blocks, as torch.compile calls it", smoke="eager")
-    backends: list[str] = option(["gloo", "nccl"], "of the faults", choices=("gloo", "nccl"), smoke=["gloo"])
-    kinds: list[str] = option(list(KINDS), "of the faults", choices=KINDS, smoke=["kill"])
-    data: str = option("folder", "of the accuracy", choices=("folder", "digits"), smoke="digits")
-    folder: str | None = option(None, "folder=PATH with train/<class>/* and test/<class>/*; without it no accuracy")
-    cache_dir: str = option("runs/cache", "where decoded images are kept")
-    depth: int = option(101, "of the network whose accuracy is measured", choices=(38, 101, 152, 200), smoke=38)
-    training_seconds: float = option(30, "of each training of the accuracy", above=0, smoke=1.5)
+    seconds: float = option(520, "time limit of the whole command, in seconds", above=0, smoke=85)
+    fresh: bool = option(False, "true measures existing results again")
+    ranks: list[int] = option([2, 4], "numbers of ranks that share the device", least=2, most=8, smoke=[2])
+    methods: list[str] = option(list(METHODS), "methods whose contracts are checked", choices=METHODS)
+    width: float = option(1.0, "width of the networks; 1.0 is the paper's", above=0, smoke=0.0625)
+    pixels: int = option(32, "height and width of the synthetic images", least=8, smoke=8)
+    batch: int = option(128, "images per rank and local step", least=1, smoke=4)
+    modes: list[str] = option(
+        list(MODES), "modes whose step times are measured", choices=MODES, smoke=[MODES[0], MODES[-1]]
+    )
+    steps: int = option(10, "local steps timed together", least=1, smoke=2)
+    turns: int = option(5, "repetitions of the step times", least=1, smoke=2)
+    compiler: str = option("inductor", "backend of torch.compile for compiled blocks", smoke="eager")
+    backends: list[str] = option(
+        ["gloo", "nccl"], "backends of the fault cases", choices=("gloo", "nccl"), smoke=["gloo"]
+    )
+    kinds: list[str] = option(list(KINDS), "kinds of faults", choices=KINDS, smoke=["kill"])
+    data: str = option("folder", "data of the accuracy cases", choices=("folder", "digits"), smoke="digits")
+    folder: str | None = option(None, "folder=PATH with train/<class>/* and test/<class>/*; null: no accuracy cases")
+    cache_dir: str = option("runs/cache", "folder for decoded images")
+    depth: int = option(101, "depth of the network whose accuracy is measured", choices=(38, 101, 152, 200), smoke=38)
+    training_seconds: float = option(30, "seconds of each training of the accuracy cases", above=0, smoke=1.5)
 
 
 # Options that a result depends on, besides the case.
@@ -142,7 +146,7 @@ def run(names: Sequence[str], options: Options) -> int:
     began = time.monotonic()
     script = Script(options, look(), began)
     if script.device == "cpu" and options.size == "full":
-        raise ConfigError("there is no GPU that computes; size=full needs one: take size=smoke out=FOLDER")
+        raise ConfigError("no GPU can be used, but size=full needs one: set size=smoke out=FOLDER")
     done: dict[str, Study] = {}
 
     def works(probe: Probe) -> bool:

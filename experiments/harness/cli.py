@@ -38,7 +38,7 @@ def read(arguments: Sequence[str], schema: type[Options], studies: Sequence[str]
     words = [argument for argument in arguments if "=" not in argument]
     for word in words:
         if word not in studies:
-            known = f"there is no such study; choose from {', '.join(studies)}, or" if studies else "is no option;"
+            known = f"no such study; choose from {', '.join(studies)}, or" if studies else "is not an option;"
             raise ConfigError(f"{word}: {known} write key=value, for example size=smoke")
     items = [item for item in fields(schema) if item.name != "size"]
     sizes = {"full": None}
@@ -69,9 +69,9 @@ def _check_out(options: Command) -> None:
     # The folder need not exist yet; the nearest one above it that does must be a folder.
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not existing.is_dir():
-        raise ConfigError(f"out={out}: {existing} is a file, and a folder is needed; choose another, out=FOLDER")
+        raise ConfigError(f"out={out}: {existing} is a file, not a folder; choose another, out=FOLDER")
     if "smoke" in options.size and out.resolve().name == "results":
-        raise ConfigError(f"out={out}: a smoke run must not stand among the results; give out=FOLDER")
+        raise ConfigError(f"out={out}: a smoke run must not be stored among the results; set out=FOLDER")
 
 
 def run(

@@ -98,9 +98,9 @@ def check_value(full_key: str, section: Mapping[str, Any], key: str, hint: Any, 
 
 def _check_list(shown: str, value: Any, hint: Any, limit: Limit) -> None:
     if not isinstance(value, ListConfig) or not (value or limit.empty):
-        raise ConfigError(f"{shown}: must be a list of one or more, each {limit.in_words(hint)}; write [A,B]")
+        raise ConfigError(f"{shown}: must be a list of one or more entries, each {limit.in_words(hint)}; write [A,B]")
     if len(set(value)) < len(value):
-        raise ConfigError(f"{shown}: an entry stands there twice; name each once")
+        raise ConfigError(f"{shown}: an entry appears twice; list each once")
     for entry in value:
         problem = f"{shown}: {entry!r} {limit.in_words(hint)}"
         # Hydra takes true for the number 1.

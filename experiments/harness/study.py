@@ -47,14 +47,14 @@ class Study:
         try:
             content = read_record(path)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}); remove it, or take fresh=true") from error
+            raise ConfigError(f"{path} cannot be read ({error}); remove it, or set fresh=true") from error
         # Rows of other settings would stand in one table with ours.
         theirs = content["settings"]
         for key in ours:
             if theirs.get(key) != ours[key]:
                 raise ConfigError(
-                    f"{key}={ours[key]}: {path} was measured with {key}={theirs.get(key)}; set that, "
-                    "or fresh=true to measure anew, or out=FOLDER for another place"
+                    f"{key}={ours[key]}: {path} was measured with {key}={theirs.get(key)}; set that, or fresh=true to "
+                    "measure again, or out=FOLDER for another place"
                 )
         return cls(path, ours, content["rows"])
 
@@ -76,7 +76,7 @@ class Study:
                 write_record(draft, {"settings": dict(self.settings), "rows": self.rows}, **self.machine)
             draft.replace(self.path)
         except OSError as error:
-            raise ConfigError(f"out={self.path.parent}: cannot be written ({error}); give another folder") from error
+            raise ConfigError(f"out={self.path.parent}: cannot be written ({error}); choose another folder") from error
         finally:
             draft.unlink(missing_ok=True)
 

@@ -41,18 +41,24 @@ STUDIES = ("memory", "shapes", "accuracy")  # in this order: memory forks, so th
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result files", smoke="runs/ist")
-    jobs: int = option(2, "trainings of the accuracy study at a time, one core each", least=1, most=64, smoke=1)
-    fresh: bool = option(False, "true measures again what is there")
+    jobs: int = option(
+        2, "trainings of the accuracy study that run at a time, one core each", least=1, most=64, smoke=1
+    )
+    fresh: bool = option(False, "true measures existing results again")
     tasks: list[str] = option(list(TASKS), choices=TASKS)
-    seeds: int = option(3, "3 for a spread", least=1, most=100, smoke=1)
-    ablation_seeds: int = option(3, "seeds of the trainings that only ablations have", least=1, most=100, smoke=1)
-    workers: list[int] = option([2, 4, 8], "so that samples are equal", choices=(2, 4, 8), smoke=[2, 4])
-    passes: int | None = option(None, "passes over the training examples, of all workers; null: the task's", least=1)
+    seeds: int = option(3, "3 or more show the spread", least=1, most=100, smoke=1)
+    ablation_seeds: int = option(3, "seeds of trainings that are only in ablations", least=1, most=100, smoke=1)
+    workers: list[int] = option([2, 4, 8], "these divide the samples equally", choices=(2, 4, 8), smoke=[2, 4])
+    passes: int | None = option(
+        None, "passes over the training examples, of all workers; null: the task's default", least=1
+    )
     widths: list[int] = option([4096, 8192], "neurons of a hidden layer", least=1, smoke=[64])
-    memory_workers: list[int] = option([1, 2, 4, 8], "groups whose memory is measured", least=1, smoke=[1, 2, 4])
-    inputs: int = option(4096, "of the networks whose memory and speed are measured", least=1, smoke=32)
-    rounds: int = option(20, "rounds in a mean of bytes", least=1, smoke=2)
-    steps: int = option(9, "local steps that are timed", least=1, smoke=2)
+    memory_workers: list[int] = option(
+        [1, 2, 4, 8], "numbers of workers whose memory is measured", least=1, smoke=[1, 2, 4]
+    )
+    inputs: int = option(4096, "inputs of the networks whose memory and speed are measured", least=1, smoke=32)
+    rounds: int = option(20, "rounds over which bytes are averaged", least=1, smoke=2)
+    steps: int = option(9, "timed local steps", least=1, smoke=2)
 
     def __post_init__(self) -> None:
         most = max(self.memory_workers)

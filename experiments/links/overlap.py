@@ -64,15 +64,15 @@ LEAST = {"workers": 2, "width_multiplier": 0, "gbit": LEAST_GBIT, "local_steps":
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/links")
-    cases: list[Any] = option(CASES, f"each with {', '.join(LEAST)}", smoke=SMOKE)
-    predicted_workers: list[int] = option([4, 8], "at the width of the first case, without measuring", smoke=[4])
-    depth: int = option(101, "of the network", least=14, smoke=26)
-    fragments: int = option(5, "of the network, in rounds that are long enough to be cut", least=2, smoke=2)
+    cases: list[Any] = option(CASES, f"each must have {', '.join(LEAST)}", smoke=SMOKE)
+    predicted_workers: list[int] = option([4, 8], "predicted, not measured, at the width of the first case", smoke=[4])
+    depth: int = option(101, "depth of the network", least=14, smoke=26)
+    fragments: int = option(5, "fragments of the network, in rounds that are long enough", least=2, smoke=2)
     batch: int = option(8, "images per local step of one worker", least=1, smoke=2)
     repeats: int = option(
         2, "rounds of every way over the slowest link, interleaved; twice as many over others", least=1, smoke=1
     )
-    timeout_seconds: float = option(900.0, "for one case", above=0)
+    timeout_seconds: float = option(900.0, "limit for one case", above=0)
 
     def __post_init__(self) -> None:
         self.cases = [_checked(case) for case in self.cases]
@@ -82,7 +82,7 @@ def _checked(case: Any) -> dict[str, Any]:
     """A case with its usual values."""
     found = {**USUAL, **case} if isinstance(case, dict) else {}
     if found.keys() != LEAST.keys():
-        raise ConfigError(f"cases: {case} must have {', '.join(LEAST)}, and nothing else")
+        raise ConfigError(f"cases: {case} must have exactly {', '.join(LEAST)}")
     for name, least in LEAST.items():
         kinds = int | float if name in ("gbit", "width_multiplier") else int
         if not isinstance(found[name], kinds) or found[name] < least:

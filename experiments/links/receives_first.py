@@ -38,8 +38,8 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file")
     megabytes: float = option(37.8, "each way; 37.8 is a hand-over of the paper's network", above=0, most=4000)
     bandwidth_gbit: float = option(0.1, "0.1 is a link of 100 Mbit/s", least=LEAST_GBIT, most=MOST_GBIT)
-    repeats: int = option(3, "of every way, interleaved", least=1)
-    timeout_seconds: float = option(300.0, "for all of it", above=0)
+    repeats: int = option(3, "repetitions of each way, interleaved", least=1)
+    timeout_seconds: float = option(300.0, "limit for the whole exchange", above=0)
 
 
 def sends_first(out: Tensor, into: Tensor, peer: int) -> None:

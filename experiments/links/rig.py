@@ -48,19 +48,19 @@ class Rig(cli.Command):
     batch: int = option()
     local_steps: int = option()
     min_blocks: int | None = option()
-    workers: int = option(2, "one process, on one core, each", least=2, most=LARGEST_WORKERS)
+    workers: int = option(2, "workers, one process on one core each", least=2, most=LARGEST_WORKERS)
     seed: int = option(0, "0 is a seed", least=0)
-    threads: int = option(1, "of each worker; workers x threads should not exceed the cores", least=1)
-    mtu: int = option(1500, "1500 is Ethernet's", least=576, most=65535)
-    name: str | None = option(None, "of the namespaces; null draws one")
-    timeout_seconds: float = option(900.0, "for one method over one link", above=0)
+    threads: int = option(1, "threads of each worker; workers x threads should not exceed the cores", least=1)
+    mtu: int = option(1500, "bytes of a packet; 1500 as in Ethernet", least=576, most=65535)
+    name: str | None = option(None, "name of the namespaces; null draws one")
+    timeout_seconds: float = option(900.0, "limit for one method over one link", above=0)
 
     def __post_init__(self) -> None:
         for method in self.methods:
             if METHOD.fullmatch(method) is None:
                 raise ConfigError(f"methods: {method!r} is not known; choose from {METHODS_IN_WORDS}")
             if method.endswith("_node") and self.per_node == 1:
-                raise ConfigError(f"methods: {method!r} needs nodes of several processes: links/run.py size=nodes")
+                raise ConfigError(f"methods: {method!r} needs nodes of several processes: set links/run.py size=nodes")
         check_bandwidths(self.bandwidths_gbit)
         check_name(self.name)
         self._check_network()

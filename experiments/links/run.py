@@ -58,18 +58,16 @@ class Options(Rig):
         8, "images per local step of one worker: little compute is a hard case for a link", least=1, smoke=2, ist=128,
         ist_smoke=4, nodes=2, nodes_smoke=2,
     )  # fmt: skip
-    local_steps: int = option(50, "of a round, in the table; the paper takes 50", least=1, ist=20, ist_smoke=20)
-    min_blocks: int | None = option(None, "null takes 5, as the paper", least=0, smoke=2, nodes_smoke=1)
+    local_steps: int = option(50, "local steps per round in the table; 50 in the paper", least=1, ist=20, ist_smoke=20)
+    min_blocks: int | None = option(None, "null: 5, as in the paper", least=0, smoke=2, nodes_smoke=1)
     steps_per_round: int = option(
-        6, "really run between two syncs; local_steps is what the table shows", least=2, smoke=3, ist=5, ist_smoke=3,
-        nodes_smoke=2,
+        6, "local steps really run between two syncs; the table shows rounds of local_steps", least=2, smoke=3, ist=5,
+        ist_smoke=3, nodes_smoke=2,
     )  # fmt: skip
-    rounds: int = option(3, "syncs that are measured", least=1, smoke=2, ist_smoke=2, nodes_smoke=2)
+    rounds: int = option(3, "measured syncs", least=1, smoke=2, ist_smoke=2, nodes_smoke=2)
     workers: int = option(2, "processes", least=2, most=LARGEST_WORKERS, nodes=4, nodes_smoke=4)
     per_node: int = option(1, "processes that share a namespace and its link", least=1, nodes=2, nodes_smoke=2)
-    ddp_steps: int = option(
-        3, "steps of DDP that are measured, each with its all-reduce", least=1, smoke=2, ist_smoke=2
-    )
+    ddp_steps: int = option(3, "measured steps of DDP, each with its all-reduce", least=1, smoke=2, ist_smoke=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,12 +77,13 @@ class Options(Rig):
             # For others, no closed form has the bytes that cross the links of nodes.
             if method not in ("ddp", "resist", "local_sgd") and not method.endswith("_node"):
                 raise ConfigError(
-                    f"methods: {method!r} needs per_node=1; for per_node={self.per_node} take ddp, resist, local_sgd or "
-                    "a method with _node"
+                    f"methods: {method!r} needs per_node=1; with per_node={self.per_node} use ddp, resist, local_sgd "
+                    "or a method with _node"
                 )
         if self.steps_per_round > self.local_steps:
             raise ConfigError(
-                f"steps_per_round={self.steps_per_round} is above local_steps={self.local_steps}: really run at most as many"
+                f"steps_per_round={self.steps_per_round} is above local_steps={self.local_steps}: set it to "
+                "local_steps or less"
             )
 
 

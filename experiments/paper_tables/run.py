@@ -35,10 +35,10 @@ WIDTHS = {"full": 1.0, "smoke": 1 / 16}
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/paper_tables")
-    rounds: int = option(200, "plans in a mean of bytes; 10 are enough for a look", least=1, smoke=10)
+    rounds: int = option(200, "plans over which bytes are averaged; 10 give an estimate", least=1, smoke=10)
     processes: list[int] = option(
         [2, 4, 8],
-        "groups of real workers whose memory is measured; [] for none",
+        "numbers of real workers whose memory is measured; [] for none",
         least=2,
         most=8,
         empty=True,

@@ -46,17 +46,17 @@ class Options(Rig):
         ist_smoke="runs/ist",
     )  # fmt: skip
     folder: str = option(
-        hint="name it, folder=FOLDER, with train/<class>/* and test/<class>/*",
+        hint="set folder=FOLDER, with train/<class>/* and test/<class>/*",
         smoke="digits",
         ist="speech_shaped",
         ist_smoke="digits",
     )
-    cache_dir: str = option("runs/cache", "decoded images of a folder")
+    cache_dir: str = option("runs/cache", "folder for decoded images")
     limit: int | None = option(
-        2000, "training images of each class; null takes all", least=1, smoke=20, ist=None, ist_smoke=20
+        2000, "training images of each class; null: all", least=1, smoke=20, ist=None, ist_smoke=20
     )
     limit_test: int | None = option(
-        200, "test images of each class; null takes all", least=1, smoke=10, ist=None, ist_smoke=10
+        200, "test images of each class; null: all", least=1, smoke=10, ist=None, ist_smoke=10
     )
     methods: list[str] = option(
         ["ddp", "local_sgd", "resist", "resist_int8"],
@@ -73,11 +73,11 @@ class Options(Rig):
     steps: int = option(
         240, "local steps of every worker: equal samples for all", least=1, smoke=8, ist=400, ist_smoke=8
     )
-    local_steps: int = option(20, "of a round", least=1, smoke=2, ist_smoke=2)
+    local_steps: int = option(20, "local steps per round", least=1, smoke=2, ist_smoke=2)
     evaluate_every: int = option(40, "local steps between two evaluations", least=1, smoke=4, ist_smoke=4)
-    min_blocks: int | None = option(2, "null takes 5, as the paper", least=0, smoke=1, ist=None, ist_smoke=None)
+    min_blocks: int | None = option(2, "null: 5, as in the paper", least=0, smoke=1, ist=None, ist_smoke=None)
     lr: float = option(0.05, "initial learning rate; it falls at 50 % and 75 % of the steps", above=0)
-    timeout_seconds: float = option(1800.0, "for one method over one link", above=0)
+    timeout_seconds: float = option(1800.0, "limit for one method over one link", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +85,8 @@ class Options(Rig):
             raise ConfigError("methods: 'none' does not train one model; take ddp, local_sgd or resist")
         if self.steps % self.evaluate_every:
             raise ConfigError(
-                f"steps={self.steps} must be a multiple of evaluate_every={self.evaluate_every}, so that the last model is seen"
+                f"steps={self.steps} must be a multiple of evaluate_every={self.evaluate_every}, so that the last "
+                "model is evaluated"
             )
         # Before any worker starts: a wrong folder, or one with too few images, is one line.
         try:
@@ -96,7 +97,8 @@ class Options(Rig):
         images = len(data.parts["train"].labels)
         if images < self.batch * self.workers:
             raise ConfigError(
-                f"batch={self.batch} for {self.workers} workers is above the {images} training examples; lower it, raise limit"
+                f"batch={self.batch} for {self.workers} workers exceeds the {images} training examples; decrease it, "
+                "increase limit"
             )
 
 

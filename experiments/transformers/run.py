@@ -50,17 +50,22 @@ class Options(cli.Command):
         "folder", "cifar10 is torchvision's download", choices=("folder", "cifar10", "digits"), smoke="digits"
     )
     folder: str | None = option(None, "folder=PATH with train/<class>/* and test/<class>/*")
-    cache_dir: str = option("runs/cache", "where decoded images are kept")
+    cache_dir: str = option("runs/cache", "folder for decoded images")
     jobs: int = option(1, "cases at a time, one core each", least=1, most=64)
-    fresh: bool = option(False, "true measures again what is there")
+    fresh: bool = option(False, "true measures existing results again")
     workers: list[int] = option([2, 4], "numbers of workers", least=2, most=LARGEST_WORKERS, smoke=[2])
     seeds: int = option(2, "number of seeds of the language model", least=1, most=100, smoke=1)
     image_seeds: int = option(1, "number of seeds of the ViT", least=1, most=100)
     policies: list[str] = option(
-        ["reset", "keep", "travel"], "what happens to Adam's state at a sync", choices=ALL_POLICIES, long=["keep"]
+        ["reset", "keep", "travel"], "policies for Adam's state at a sync", choices=ALL_POLICIES, long=["keep"]
     )
     outer_momenta: list[float] = option(
-        [0.65, 0.825, 0.9], "beside the default, in the language model", least=0, below=1, empty=True, smoke=[0.9]
+        [0.65, 0.825, 0.9],
+        "values besides the default, for the language model",
+        least=0,
+        below=1,
+        empty=True,
+        smoke=[0.9],
     )
     samples: int = option(6_144, "sequences that all workers of a case see together", least=1, long=49_152, smoke=128)
     image_samples: int = option(
@@ -69,11 +74,11 @@ class Options(cli.Command):
     rate_samples: int = option(3_072, "sequences in the study of learning rates", least=1, smoke=64)
     check_samples: int = option(1_024, "sequences in the check against real processes", least=1, smoke=128)
     batch: int = option(4, "sequences or images per local step of one worker", least=1)
-    context: int = option(64, "bytes of a sequence", least=2, smoke=16)
-    evaluated: int | None = option(1_024, "sequences of an evaluation, null for all", least=1, smoke=16)
-    width: int = option(64, "entries of a token's vector", least=1, smoke=16)
+    context: int = option(64, "bytes per sequence", least=2, smoke=16)
+    evaluated: int | None = option(1_024, "sequences per evaluation, null for all", least=1, smoke=16)
+    width: int = option(64, "width of a token's vector", least=1, smoke=16)
     depth: int = option(5, "blocks; all but the first are partitioned", least=3, most=64, smoke=3)
-    heads: int = option(2, "of each attention", least=1)
+    heads: int = option(2, "heads of each attention layer", least=1)
     local_steps: int = option(25, "local steps per round", least=1, smoke=3)
     lr: float = option(0.004, "highest learning rate of the language model", above=0)
     image_lr: float = option(0.001, "highest learning rate of the ViT", above=0, long=0.0005)
@@ -92,10 +97,10 @@ class Options(cli.Command):
         for key in ("samples", "image_samples", "rate_samples", "check_samples"):
             value = getattr(self, key)
             if value < step:
-                raise ConfigError(f"{key}={value}: must be at least batch x {LARGEST_WORKERS} = {step}; raise it")
+                raise ConfigError(f"{key}={value}: must be at least batch x {LARGEST_WORKERS} = {step}; increase it")
             if key != "check_samples" and steps_of(value, self.batch, max(self.workers)) < self.local_steps:
                 raise ConfigError(
-                    f"{key}={value}: {max(self.workers)} workers never sync in so few; raise it, or lower "
+                    f"{key}={value}: {max(self.workers)} workers never sync in so few; increase it, or decrease "
                     f"local_steps={self.local_steps}"
                 )
 
@@ -117,8 +122,9 @@ def run(names: Sequence[str], options: Options) -> None:
     """Measure the missing cases of these studies, then show the tables."""
     if "images" in names and options.data != "digits" and options.folder is None:
         raise ConfigError(
-            f"folder is missing: data={options.data} needs folder=PATH for the study of images (folder: train/<class>/* and "
-            "test/<class>/*; cifar10: where torchvision's files are or shall be); or name the other studies"
+            f"folder is missing: data={options.data} needs folder=PATH for the study of images (folder: "
+            "train/<class>/* and test/<class>/*; cifar10: the folder for torchvision's files); or choose the other "
+            "studies"
         )
     studies = {name: opened(name, options) for name in names}
     if "check" in names:  # forks: it must be first

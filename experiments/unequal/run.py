@@ -46,14 +46,14 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result files", smoke="runs/unequal")
     workers: int = option(2, "processes", least=2)
     slowdown: float = option(3.0, "how many times slower the last worker is", least=1)
-    cores: float | None = option(None, "of each other worker; null: 1.2 / workers", above=0)
+    cores: float | None = option(None, "cores of each other worker; null: 1.2 / workers", above=0)
     blocks: int = option(24, "partitioned blocks", least=2, smoke=8)
     min_blocks: int = option(2, "minimum blocks per worker", least=0)
     width: float = option(1 / 8, "1.0 is the paper's", above=0, smoke=1 / 16)
     batch: int = option(8, "images", least=1, smoke=2)
     local_steps: int = option(10, "per round", least=1, smoke=4)
-    rounds: int = option(4, "that count, of each training", least=1, smoke=2)
-    turns: int = option(5, "of both settings", least=1, smoke=1)
+    rounds: int = option(4, "rounds that count in each training", least=1, smoke=2)
+    turns: int = option(5, "repetitions of both settings", least=1, smoke=1)
 
     def recorded(self) -> dict[str, Any]:
         """The settings for the workers and the record."""

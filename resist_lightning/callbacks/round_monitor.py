@@ -64,7 +64,7 @@ class RoundMonitor(Callback):
         if every_n_rounds < 1:
             raise ValueError(f"every_n_rounds={every_n_rounds} must be at least 1.")
         if picture_every_n_rounds < 0:
-            raise ValueError(f"picture_every_n_rounds={picture_every_n_rounds} must not be below 0.")
+            raise ValueError(f"picture_every_n_rounds={picture_every_n_rounds} must be at least 0.")
         self._every_n_rounds = every_n_rounds
         self._picture_every_n_rounds = picture_every_n_rounds
         self._reset()
@@ -155,7 +155,7 @@ class RoundMonitor(Callback):
             with system.open(path, "w") as file:
                 file.write(text)
         except OSError as error:
-            rank_zero_warn(f"{path} could not be written ({error}). The training has ended well.")
+            rank_zero_warn(f"{path} could not be written ({error}). The training itself has succeeded.")
 
     def summary(self, strategy: Any, engine: Engine) -> dict[str, Any]:
         """Summary of the run: parameters held, seconds, bytes and partitions; see docs/how-it-works.md.

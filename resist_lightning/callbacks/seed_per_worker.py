@@ -28,7 +28,7 @@ class SeedPerWorker(Callback):
 
     def __init__(self, seed: int) -> None:
         if seed < 0:
-            raise ValueError(f"seed={seed} must not be below 0.")
+            raise ValueError(f"seed={seed} must be at least 0.")
         self._seed = seed
 
     @override

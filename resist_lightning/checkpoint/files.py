@@ -33,7 +33,7 @@ _SEAL_LENGTH = _SEAL_BYTES.to_bytes(_LENGTH_BYTES, "little")
 _UNREADABLE = {
     FileNotFoundError: "there is no such file.",
     IsADirectoryError: "it is a folder; name a file in it.",
-    PermissionError: "this user may not read it; change its permissions, or run as its owner.",
+    PermissionError: "this user has no permission to read it; change its permissions, or run as its owner.",
 }
 
 
@@ -81,12 +81,12 @@ def check_seal(file: IO[bytes], path: object, *, sealed: bool) -> None:
         if found != expected:
             raise CheckpointError(
                 f"{path} is damaged: its checksum is {found:08x} and should be {expected:08x} ({size} bytes). Use "
-                "another checkpoint, or copy this one anew."
+                "another checkpoint, or copy this one again."
             )
     elif sealed and starts_as_zip and not _ends_as_torch_ends(tail):
         raise CheckpointError(
-            f"{path} is cut off after {size} bytes, or damaged at its end, where its checksum should stand. Use "
-            "another checkpoint, or copy this one anew."
+            f"{path} is truncated at {size} bytes, or damaged at its end, where its checksum should be. Use another "
+            "checkpoint, or copy this one again."
         )
     file.seek(0)
 
@@ -167,8 +167,8 @@ def check_loadable(parts: Mapping[str, Any]) -> None:
             refused.append(f"{name!r} ({kind})")
     if refused:
         raise ValueError(
-            f"what a run resumes from is loaded with weights_only=True, which refuses {', '.join(refused)}. Keep "
-            "numbers, strings, lists, dicts and tensors in the state of callbacks, schedulers and loaders and in "
+            f"checkpoints and snapshots are loaded with weights_only=True, which refuses {', '.join(refused)}. Keep "
+            "only numbers, strings, lists, dicts and tensors in the state of callbacks, schedulers and loaders and in "
             "`on_save_checkpoint`."
         )
 
@@ -188,13 +188,11 @@ def _what_is_wrong(path: Path, error: BaseException) -> str:
     with path.open("rb") as file:
         start = file.read(4)
     if not size:
-        return "it is empty. Whoever wrote it was stopped or had no space left; use the checkpoint before it."
+        return "it is empty: its writer was stopped or ran out of disk space. Use the previous checkpoint."
     if start[:2] != b"PK":
-        return f"it is no checkpoint of torch (it begins with {start!r}). Name the file that the Trainer has written."
+        return f"it is not a torch checkpoint (it begins with {start!r}). Give a file that the Trainer wrote."
     if not zipfile.is_zipfile(path):
-        return (
-            f"it is cut off after {size} bytes. It was not copied or written to the end; use the checkpoint before it."
-        )
+        return f"it is truncated at {size} bytes: copying or writing it did not finish. Use the previous checkpoint."
     lines = str(error).splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0]}"
 

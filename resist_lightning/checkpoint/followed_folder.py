@@ -57,8 +57,8 @@ class FollowedFolder:
     def __init__(self, path: Path, out: Path) -> None:
         if not path.is_dir():
             raise ValueError(
-                f"folder={path} is no folder. Give the dirpath of the training's ModelCheckpoint; if the evaluator is "
-                f"to start before the training, make it first: mkdir -p {path}"
+                f"folder={path} is not a folder. Give the dirpath of the training's ModelCheckpoint; if the evaluator "
+                f"is to start before the training, make it first: mkdir -p {path}"
             )
         if SnapshotFolder(path).newest_first():
             raise ValueError(

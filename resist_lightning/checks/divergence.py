@@ -94,10 +94,10 @@ class DivergenceChecks:
         if len({hashed for hashed, *_ in numbers}) > 1:
             rows = self._collective.gather_numbers(as_numbers(self._hashes.values()))
             raise WorkersDisagree(
-                f"the sync into round {self._round} left tensors unequal that it makes equal on all workers: "
+                f"after the sync into round {self._round}, tensors that must be equal on all workers differ: "
                 f"{describe_unequal(list(self._hashes), rows, self._collective.members)}. Likely causes: faulty memory "
                 "or network, code that writes to tensors while a sync runs, or builds of torch that compute "
-                "differently. The last checkpoint that was saved before that round is sound: resume from it."
+                "differently. Resume from the last checkpoint saved before that round, which is not affected."
             )
         self._agree_on_written({written for _, _, written, _ in numbers})
         found = {rank: int(first) for rank, (_, first, *_) in enumerate(numbers) if first}
@@ -134,7 +134,7 @@ class DivergenceChecks:
                     f"the members of worker {worker} (ranks {ranks}) hold different weights ({self._unequal(worker)}), "
                     "and would each send a part of them. Nothing was averaged. Likely causes: code that changes "
                     "weights or gradients on one rank only, parameters that are frozen on one rank only or within "
-                    "training_step, steps outside of training_step, or a forward that went around "
+                    "training_step, optimizer steps outside of training_step, or a forward that bypassed "
                     "engine.replicas.call() in a plain loop."
                 )
 
@@ -160,8 +160,8 @@ class DivergenceChecks:
             size = sum(self._layout.shared[name].nbytes for name in written)
             others = f" and {len(written) - 1} others" if len(written) > 1 else ""
             warnings.warn(
-                f"{min(written)}{others}: frozen, but written by the program (a moving average?). The workers average "
-                f"them from now on, which adds {size / 1e6:.3g} MB to what every sync averages.",
+                f"{min(written)}{others}: frozen, but overwritten by the program (a moving average?). The workers "
+                f"average them from now on, which adds {size / 1e6:.3g} MB to what every sync averages.",
                 stacklevel=5,
             )
 
@@ -211,21 +211,22 @@ class DivergenceChecks:
         if self._collective.members == 1:
             return ""
         return (
-            " A worker's members average their gradients in every step, so all of them have it from those named here."
+            " The members of a worker average their gradients in every step, so it has spread from those named here to "
+            "the others."
         )
 
     def _way_out(self) -> str:
         if not self._layout.config.trains_alone:
-            return f" Stages exchange messages in every step, so others may have it from this worker. {_CAUSES}."
+            return f" Stages exchange messages in every step, so it may have spread to other workers. {_CAUSES}."
         return (
-            f" Nothing was averaged: no other worker has them from this one. {_CAUSES}; non_finite='drop' leaves "
-            "such a worker out of a round, as long as another one is sound."
+            f" Nothing was averaged, so it has not spread to other workers. {_CAUSES}; non_finite='drop' leaves such a "
+            "worker out of a round, as long as another worker has none."
         )
 
 
 _CAUSES = (
-    "Likely causes: a learning rate that is too high, a bad batch, 16-bit numbers that overflow. Resume from the last "
-    "checkpoint with that changed"
+    "Likely causes: a learning rate that is too high, a bad batch, overflow in 16 bits. Fix the cause and resume from "
+    "the last checkpoint"
 )
 
 

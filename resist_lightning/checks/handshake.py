@@ -135,7 +135,7 @@ class Handshake:
             values = ", ".join(f"{process_name(rank, members)} {rate:g}" for rank, rate in enumerate(rates))
             warnings.warn(
                 f"the workers train at different learning rates (mean over all parameter groups: {values}). A schedule "
-                "follows a number that is not the same everywhere: log the metric of ReduceLROnPlateau with "
+                "depends on a number that differs between workers: log the metric of ReduceLROnPlateau with "
                 "sync_dist=True, or step the schedule by epochs.",
                 stacklevel=4,
             )
@@ -147,8 +147,8 @@ class Handshake:
         self._rate_rose = True
         if self._collective.rank == 0:
             warnings.warn(
-                f"local_steps={clock.rule} made round {clock.round} {clock.local_steps} local steps long by the "
-                "learning rate at its beginning, which has risen since. Where it rises at first, set warmup_steps.",
+                f"local_steps={clock.rule} gave round {clock.round} {clock.local_steps} local steps for the learning "
+                "rate at its beginning, which has risen since. For a schedule with warm-up, set warmup_steps.",
                 stacklevel=4,
             )
 

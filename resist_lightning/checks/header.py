@@ -60,11 +60,11 @@ def check_headers(headers: Sequence[Header], members: int = 1) -> None:
         return
     if len({header.round_steps for header in headers}) > 1:
         differing.append(
-            "rounds are as long as `local_steps` makes them of step and learning rate, which must be the same on all "
-            "workers: log the metric of ReduceLROnPlateau with sync_dist=True, or step schedules by epochs"
+            "`local_steps` derives the length of a round from the step and the learning rate, which must be the same "
+            "on all workers: log the metric of ReduceLROnPlateau with sync_dist=True, or step schedules by epochs"
         )
     raise WorkersDisagree(
-        f"workers came to a sync in different states ({'; '.join(differing)}). No weights were mixed. Likely causes: "
+        f"workers reached a sync in different states ({'; '.join(differing)}). No weights were mixed. Likely causes: "
         "one worker stopped, ran out of data, or skipped batches or steps (a GradScaler of your own) on its own; a "
         "loader of unknown length that ends at different steps; or workers started with different code, models or "
         "settings."

@@ -211,8 +211,8 @@ class SoloCollective(Collective):
 
     @override
     def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
-        raise ValueError(f"worker {target} does not exist: this one is alone.")
+        raise ValueError(f"worker {target} does not exist: this run has one worker.")
 
     @override
     def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
-        raise ValueError(f"worker {source} does not exist: this one is alone.")
+        raise ValueError(f"worker {source} does not exist: this run has one worker.")

@@ -156,11 +156,12 @@ def _not_joined(backend: str, store: str, worker: int, workers: int, error: Runt
     """The message of a failed join, with what to check."""
     variable = "NCCL_SOCKET_IFNAME" if backend in NCCL else "GLOO_SOCKET_IFNAME"
     return (
-        f"rank {worker} of {workers} could not join the others by {backend!r} at {store}: {first_line(str(error))}. "
-        "All of them must be started with this address, port and number. Between hosts, every host must reach every "
+        f"rank {worker} of {workers} could not join the others over {backend!r} at {store}: {first_line(str(error))}. "
+        "Start all of them with this address, port and number of ranks. Between hosts, every host must reach every "
         f"other on all ports from 1024 on (the store's is MASTER_PORT, {backend} takes free ones), in a network that "
-        "you trust: nothing is encrypted. A host with several networks, or whose name it resolves to itself (127.0.1.1 "
-        f"on Debian), needs {variable}=INTERFACE, the one that the others reach; `ip -br address` lists them."
+        "you trust: nothing is encrypted. A host with several networks, or whose name resolves to a loopback address "
+        f"there (127.0.1.1 on Debian), needs {variable}=INTERFACE, the interface that the others reach; `ip -br "
+        "address` lists them."
     )
 
 

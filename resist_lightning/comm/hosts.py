@@ -90,7 +90,7 @@ def judge(places: Sequence[Place]) -> str:
     """
     problems = [f"rank {rank}: {place.problem}" for rank, place in enumerate(places) if place.problem]
     if problems:
-        return f"{problems[0]}. {_elsewhere(len(problems) - 1)}Correct it there, or leave the variable out."
+        return f"{problems[0]}. {_elsewhere(len(problems) - 1)}Correct it there, or unset the variable."
     firsts = first_of_hosts(places)
     if len(firsts) == 1:
         return ""
@@ -98,8 +98,8 @@ def judge(places: Sequence[Place]) -> str:
     if own:
         rank, place = next(iter(own.items()))
         return (
-            f"{place.host} (rank {rank}) would be reached at {place.address} ({place.reason}), where only the host "
-            f"itself reaches it. {_elsewhere(len(own) - 1)}{_remedy(place)}"
+            f"{place.host} (rank {rank}) would be reached at {place.address} ({place.reason}), an address that only "
+            f"the host itself can reach. {_elsewhere(len(own) - 1)}{_remedy(place)}"
         )
     seen: dict[str, int] = {}
     for rank in firsts:
@@ -145,8 +145,7 @@ def try_to_reach(place: Place) -> str:
     except OSError as error:
         return (
             f"{socket.gethostname()} cannot reach {place.host} at {place.address} ({place.reason}): {error}. If that "
-            "is the right network, let hosts reach each other on all ports from 1024 on. If it is not: "
-            f"{_remedy(place)}"
+            f"is the right network, open all ports from 1024 on between the hosts. If it is not: {_remedy(place)}"
         )
     return ""
 
@@ -225,10 +224,11 @@ def _is_local(address: str) -> bool:
 
 
 def _elsewhere(others: int) -> str:
-    return f"So it is on {others} more. " if others else ""
+    return f"The same is true of {others} more. " if others else ""
 
 
 def _remedy(place: Place) -> str:
     return (
-        f"On every host set {GLOO}=INTERFACE, the one that the other hosts reach; {place.host} has {place.interfaces}."
+        f"On every host set {GLOO}=INTERFACE, the interface that the other hosts reach; {place.host} has "
+        f"{place.interfaces}."
     )

@@ -149,8 +149,8 @@ def _agree(count: int) -> list[str]:
     if len(set(counts)) > 1:
         different = ", ".join(f"{number} on {host}" for number, host in dict.fromkeys(zip(counts, hosts, strict=True)))
         raise ValueError(
-            f"the processes were told different numbers of devices_per_worker: {different}. All workers must have "
-            "equally many members: start the same number of processes on each host (devices_per_worker='node' stands "
-            "for it), with the same settings."
+            f"the processes were started with different devices_per_worker: {different}. All workers must have equally "
+            "many members: start the same number of processes on each host (devices_per_worker='node' stands for it), "
+            "with the same settings."
         )
     return hosts

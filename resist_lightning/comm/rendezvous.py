@@ -48,13 +48,13 @@ def await_store(address: str, port: int, *, node: int, served: bool, by_torchrun
     option = "--local-addr=ADDRESS for torchrun" if by_torchrun else "MASTER_ADDR=ADDRESS"
     text = (
         f"host {node} ({socket.gethostname()}) gets no answer from the store of the first host at "
-        f"{with_port(address, port)}: {failure}. Set {option} on the first host, to the address at which the others "
-        "reach it, and let them reach it there."
+        f"{with_port(address, port)}: {failure}. Set {option} on the first host to the address at which the others "
+        "reach it, and let no firewall block them."
     )
     if served or not resolved:
         raise HostsCannotMeet(text)
     # Worker 0 serves it, and may be late.
-    sys.stderr.write(f"{text} Waiting, as it may come yet.\n")
+    sys.stderr.write(f"{text} Waiting, because it may still start.\n")
 
 
 def with_port(address: str, port: int) -> str:
@@ -138,7 +138,7 @@ def _note_who_is_late(store: Any, names: Sequence[str]) -> None:
             late = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
             shown = ", ".join(late[:8]) + (", ..." if len(late) > 8 else "")
             sys.stderr.write(
-                f"rank 0 waits for {len(late)} of {len(names)} processes, which have not come yet: rank {shown}. Their "
+                f"rank 0 waits for {len(late)} of {len(names)} processes that have not joined yet: rank {shown}. Their "
                 "errors, if any, are printed on their hosts.\n"
             )
             return

@@ -244,7 +244,7 @@ def _average(collective: MemberCollective, bucket: Any) -> torch.futures.Future[
 
 _UNFINISHED = (
     "in the last step not all parameters of this worker got a gradient ({} got none), so its members have not averaged "
-    "all gradients. If a step may leave out a part of the network, as with two optimizers in turn, set "
+    "all gradients. If a step may leave out a part of the network, as with two alternating optimizers, set "
     "find_unused_parameters=True in the strategy (in a plain loop: engine.replicas.find_unused_parameters = True). "
     "Freeze and unfreeze parameters between two steps, not within training_step."
 )

@@ -23,13 +23,13 @@ def check_tasks(variables: Mapping[str, str], devices: int, nodes: int) -> None:
     tasks = int(variables.get("SLURM_NTASKS", "1"))
     if expected > 1 and "SLURM_STEP_ID" not in variables:
         raise ValueError(
-            f"SLURM has allocated {tasks} tasks, and srun has not started this process, so the others will never come: "
-            "it was started by the batch script itself, or in a shell of salloc. Put srun before the command, as in "
-            "'srun python train.py'."
+            f"SLURM has allocated {tasks} tasks, but srun did not start this process, so the other processes will "
+            "never start: it was started by the batch script itself, or in a shell of salloc. Put srun before the "
+            "command, as in 'srun python train.py'."
         )
     if tasks != expected:
         raise ValueError(
-            f"srun has started {tasks} task(s) (SLURM_NTASKS), and Trainer(devices={devices}, num_nodes={nodes}) "
-            f"stands for {expected}. Start as many: srun --nodes={nodes} --ntasks-per-node={devices}; or set devices "
-            "and num_nodes to what srun starts."
+            f"srun has started {tasks} task(s) (SLURM_NTASKS), but Trainer(devices={devices}, num_nodes={nodes}) "
+            f"expects {expected}. Start that many: srun --nodes={nodes} --ntasks-per-node={devices}; or set devices "
+            "and num_nodes to match srun."
         )

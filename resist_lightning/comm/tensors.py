@@ -150,8 +150,8 @@ class KnownTensors:
                 return
             raise RuntimeError(
                 f"buffer {name} was {tuple(known.shape)} {known.dtype} when the training began, and is "
-                f"{tuple(new.shape)} {new.dtype} now; workers average tensors of one shape and data type. Keep both, "
-                "or register it with persistent=False if it is a cache that each worker may have for itself."
+                f"{tuple(new.shape)} {new.dtype} now; workers average tensors of one shape and data type. Keep its "
+                "shape and data type, or register it with persistent=False if it is a cache of each worker's own."
             )
         # A buffer of an absent block has no memory, and its value comes with the block.
         if not known.is_meta:
@@ -163,13 +163,13 @@ class KnownTensors:
         owner, key = self._owner(name)
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             raise RuntimeError(
-                f"parameter {name} was added after the training began, so it would be averaged by nobody. Make it in "
+                f"parameter {name} was added after the training began, so no worker would average it. Create it in "
                 "__init__ or `configure_model`."
             )
         if name not in self._warned and key not in owner._non_persistent_buffers_set:
             self._warned.add(name)
             warnings.warn(
-                f"{name} was added after the training began: it is not averaged, each worker has its own.",
+                f"{name} was added after the training began: it is not averaged, and differs between workers.",
                 stacklevel=4,
             )
 
@@ -179,12 +179,12 @@ class KnownTensors:
 
 
 def _replaced(name: str, *, gone: bool) -> str:
-    what = "is gone from the module" if gone else "is another object than when the training began"
+    what = "is gone from the module" if gone else "is not the object that it was when the training began"
     return (
         f"parameter {name} {what} (by load_state_dict(assign=True), or by assigning a new nn.Parameter), so the "
-        "optimizer trains, or the workers average, one that the forward does not use. Write into the parameter: "
-        "load_state_dict without assign, or `with torch.no_grad(): parameter.copy_(value)`; or change the module "
-        "before the optimizers are made."
+        "optimizer trains, or the workers average, one that the forward does not use. Write into the existing "
+        "parameter: load_state_dict without assign, or `with torch.no_grad(): parameter.copy_(value)`; or change the "
+        "module before the optimizers are made."
     )
 
 

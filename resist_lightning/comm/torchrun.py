@@ -39,10 +39,9 @@ def check_processes(variables: Mapping[str, str], devices: int, nodes: int) -> N
     if here == devices or (nodes == 1 and agents > 1):
         return
     raise ValueError(
-        f"torchrun has started {here} process(es) on this host (--nproc-per-node), and Trainer(devices={devices}, "
-        f"num_nodes={nodes}) stands for {devices} on each. Start equally many on every host; on CPUs, hosts may have "
-        f"different numbers if all processes are said to be on one node: Trainer(devices={devices * nodes}, "
-        "num_nodes=1)."
+        f"torchrun has started {here} process(es) on this host (--nproc-per-node), but Trainer(devices={devices}, "
+        f"num_nodes={nodes}) expects {devices} on each. Start the same number on every host; on CPUs the numbers may "
+        f"differ if the Trainer counts all processes as one node: Trainer(devices={devices * nodes}, num_nodes=1)."
     )
 
 
@@ -62,8 +61,8 @@ def attempt() -> str:
         return "0"
     if count != "0" and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         raise RuntimeError(
-            "torchrun has started this worker again, and its store still has the addresses of the attempt before, "
-            f"where {os.environ['GROUP_WORLD_SIZE']} agents cannot meet: {REMEDY}."
+            "torchrun has restarted this worker, but its store still has the addresses of the previous attempt, so the "
+            f"workers of {os.environ['GROUP_WORLD_SIZE']} agents cannot connect: {REMEDY}."
         )
     return count
 

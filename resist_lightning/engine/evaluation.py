@@ -24,7 +24,7 @@ from resist_lightning.state.input_recorder import InputRecorder
 from resist_lightning.state.own_tensors import OwnTensors, versions
 
 _NOT_RECORDED = (
-    "batch norm keeps its running statistics: the network was called without gradients only, so no input was recorded "
+    "batch norm keeps its running statistics: the network was only called without gradients, so no input was recorded "
     "to re-estimate them. Under checkpoint(..., use_reentrant=True) of the whole network use use_reentrant=False."
 )
 
@@ -235,10 +235,10 @@ class Observation:
         written = sorted(set(present) - untouched)
         if untouched and written and self._sync.exchange.collective.rank == 0:
             warnings.warn(
-                f"{len(written)} tensors of the full model have been written since it was made, e.g. {written[0]}: "
-                f"they are trained on as they are. The test-time scale is removed from the {len(untouched)} others, "
-                "and batch-norm statistics go back to what they were in training. To begin from what the module holds, "
-                "use a new Trainer.",
+                f"{len(written)} tensors of the full model were changed after it was assembled, e.g. {written[0]}: "
+                f"their new values are trained on. The test-time scale is removed from the {len(untouched)} others, "
+                "and batch-norm statistics return to their values in training. To start from the module as it is, use "
+                "a new Trainer.",
                 stacklevel=6,
             )
         return untouched

@@ -71,8 +71,8 @@ class StepWatch:
         allowed = 0 if finished else 1
         if taken > allowed:
             raise RuntimeError(
-                f"optimizers took {taken} step(s), and no local step was counted, so the workers "
-                "never averaged. Call engine.after_step() after optimizer.step(), on every worker."
+                f"optimizers took {taken} step(s), but no local step was counted, so the workers never averaged. Call "
+                "engine.after_step() after optimizer.step(), on every worker."
             )
 
     def warn_of_one_round(self) -> None:
@@ -99,9 +99,9 @@ class StepWatch:
         # Gradients may add up over batches, and a program may write parameters before it trains.
         if self._batches > 3 + 2 * accumulated:
             raise RuntimeError(
-                f"{self._batches} batches changed parameters, and no optimizer of `configure_optimizers` has stepped, "
-                "so no local step was counted and the workers never average. Let an optimizer that "
-                "`configure_optimizers` returns change the parameters, by its step()."
+                f"{self._batches} batches changed parameters, but no optimizer of `configure_optimizers` has stepped, "
+                "so no local step was counted and the workers never average. Change parameters by the step() of an "
+                "optimizer that `configure_optimizers` returns."
             )
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
@@ -115,8 +115,8 @@ class StepWatch:
         members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if any(id(parameter) in parameters for parameter in members):
             raise RuntimeError(
-                f"{type(optimizer).__name__} steps parameters of the module and is not known: its state would not "
-                "follow them from worker to worker. Return it from `configure_optimizers` (with "
+                f"{type(optimizer).__name__} steps parameters of the module but is not registered: its state would not "
+                "move with them between workers. Return it from `configure_optimizers` (with "
                 "`self.automatic_optimization = False` training_step may step it itself); in a plain loop, give it to "
                 "the Engine."
             )
@@ -132,7 +132,7 @@ class StepWatch:
             taken = self._taken[id(optimizer)]
             if taken == self._clock.local_steps + 1:
                 warnings.warn(
-                    f"{type(optimizer).__name__} took {taken} steps, and no local step was counted: no round will end. "
+                    f"{type(optimizer).__name__} took {taken} steps, but no local step was counted: no round will end. "
                     "Call engine.after_step() after optimizer.step().",
                     stacklevel=3,
                 )

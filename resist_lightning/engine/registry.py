@@ -102,7 +102,7 @@ def refuse_lazy(module: nn.Module) -> None:
         raise ValueError(
             f"{shorten(lazy)}: no shape yet. Tensors of lazy modules, such as nn.LazyLinear, get their shapes from the "
             "first input, and workers must know them before they share the model. Call the module once on an input, in "
-            "torch.no_grad(), before the training starts; or take modules whose sizes are given, such as nn.Linear."
+            "torch.no_grad(), before the training starts; or use modules of given sizes, such as nn.Linear."
         )
 
 
@@ -119,8 +119,8 @@ def attach_hooks(module: nn.Module, state: Mapping[str, Any]) -> None:
     missing = [name for name in names if name not in modules]
     if missing:
         warnings.warn(
-            f"the full model scales {missing[0]!r}, which this module does not have: what it computes is not what was "
-            "reported of the full model. Load the weights into the module that was trained.",
+            f"the full model scales {missing[0]!r}, which this module does not have: its outputs differ from those of "
+            "the full model that was evaluated. Load the weights into the module that was trained.",
             stacklevel=3,
         )
     if names:

@@ -182,7 +182,7 @@ class Resumption:
                 if name not in named or named[name].shape != tensor.shape:
                     here = f"has {tuple(named[name].shape)} in the module" if name in named else "is not in the module"
                     raise CheckpointError(
-                        f"{name} has the shape {tuple(tensor.shape)} in the file, but {here}. Make tensors in "
+                        f"{name} has the shape {tuple(tensor.shape)} in the file, but {here}. Create tensors in "
                         "__init__ or `configure_model`, or resume without the workers' own files."
                     )
                 named[name].copy_(tensor)

@@ -176,15 +176,15 @@ class FailureDetector:
         for each in reports:
             if each.late not in (NOBODY, own) and timed_out(error):
                 return Verdict(
-                    f"{self._processes[each.late].name} is alive, but has not come to the handshake for {timeout:.0f} "
+                    f"{self._processes[each.late].name} is alive, but has not reached the handshake for {timeout:.0f} "
                     f"s: it is still in {each.late_text}.",
                     each.late,
                 )
-        doing = reports[0].doing if reports else "nothing that is known"
+        doing = reports[0].doing if reports else "unknown"
         return Verdict(
             f"a connection between the workers broke or timed out ({first_line(error)}), and no worker is known to be "
-            f"lost. The workers were last doing: {doing}. If one worker called what all must call (self.all_gather, "
-            "self.log(..., sync_dist=True), trainer.save_checkpoint), call it on all of them."
+            f"lost. The workers were last doing: {doing}. If only one worker called a collective (self.all_gather, "
+            "self.log(..., sync_dist=True), trainer.save_checkpoint), call it on all workers."
         )
 
     def have_read(self, beat: int, lost: Verdict | None) -> bool:
@@ -266,11 +266,11 @@ class FailureDetector:
         silence = silences[longest]
         lost = self._processes[longest]
         if longest not in self.heartbeats and longest not in self.reports:
-            text = f"{lost.name} has not been heard of since the start, {silence:.0f} s ago."
+            text = f"{lost.name} has sent no heartbeat since the start, {silence:.0f} s ago."
         else:
             text = (
-                f"{lost.name} has not been heard of for {silence:.0f} s: it is frozen, or its host cannot be reached."
-                f"{self._last_of(longest)}"
+                f"{lost.name} has sent no heartbeat for {silence:.0f} s: it is frozen, or its host cannot be "
+                f"reached.{self._last_of(longest)}"
             )
         return Verdict(text, longest, silent=True, frozen=self._pid_here(longest))
 

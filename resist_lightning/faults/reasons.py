@@ -22,10 +22,10 @@ def timed_out(text: str) -> bool:
 
 
 def name_of_exit(code: int) -> str:
-    """A process's exit code in words, e.g. ``was ended by signal 9 (SIGKILL)``."""
+    """A process's exit code in words, e.g. ``was killed by signal 9 (SIGKILL)``."""
     if code >= 0:
-        return f"ended with exit code {code} without a word"
+        return f"ended with exit code {code} without reporting an error"
     try:
-        return f"was ended by signal {-code} ({signal.Signals(-code).name})"
+        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
     except ValueError:
-        return f"was ended by signal {-code}"
+        return f"was killed by signal {-code}"

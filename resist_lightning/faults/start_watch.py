@@ -85,8 +85,8 @@ class StartWatch:
         named = ", ".join(str(rank) for rank in absent[:_NAMED])
         more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
         return (
-            f"Of {self._workers} ranks these have not come to the store at {self._where[0]}:{self._where[1]}: {named}"
-            f"{more}. They were not started, have ended, or do not reach it."
+            f"Of {self._workers} ranks these have not reached the store at {self._where[0]}:{self._where[1]}: "
+            f"{named}{more}. They were not started, have ended, or cannot connect to it."
         )
 
     def _look_around(self) -> None:
@@ -141,7 +141,7 @@ class StartWatch:
             if self._ended.wait(BEAT_SECONDS / 2):
                 return
         with suppress(Exception):
-            sys.stderr.write(f"{found} {self._own.name} is ended, as it does not end by itself.\n")
+            sys.stderr.write(f"{found} {self._own.name} is terminated because it does not end by itself.\n")
             sys.stderr.flush()
         os._exit(_EXIT_CODE)
 

@@ -271,7 +271,7 @@ class Watchdog:
 
     def _how_gone(self, pid: int) -> str:
         """The end of a process of this host, in words; empty if it runs."""
-        return self._around.how_ended(pid) or ("" if is_alive(pid) else "ended without a word")
+        return self._around.how_ended(pid) or ("" if is_alive(pid) else "ended without reporting an error")
 
     def _end_this_worker(self) -> None:
         """Wake a main thread that waits for the lost worker; if it does not end by itself, end the process."""
@@ -281,8 +281,8 @@ class Watchdog:
             return
         with suppress(Exception):
             sys.stderr.write(
-                f"{self.error()!r}\n{self._process.name} is ended: for {self._silence:.0f} s it has not ended by "
-                f"itself. It was last doing: {self._own.doing}.\n"
+                f"{self.error()!r}\n{self._process.name} is terminated: it did not end by itself within "
+                f"{self._silence:.0f} s. It was last doing: {self._own.doing}.\n"
             )
             sys.stderr.flush()
         with suppress(Exception):
@@ -292,6 +292,6 @@ class Watchdog:
 
 def _strangers(lines: int, store: str) -> str:
     return (
-        f"{lines} line(s) that no worker has written, or that somebody has removed, were found among the heartbeats in "
-        f"{store} and were ignored: whoever reaches its port can write there, so keep others out (SECURITY.md)."
+        f"{lines} heartbeat line(s) in {store} were forged or removed; forged ones were ignored. Whoever reaches its "
+        "port can write there, so keep others out (SECURITY.md)."
     )

@@ -116,10 +116,10 @@ class GrowingConfig(CommonConfig):
 
     Args:
         finish_rounds: last rounds in which every worker holds everything. Needs the number of local steps of the run,
-            so an end of the training by steps or epochs, and rounds of known lengths.
-        growth: shares of the parts that each worker holds at least, each for an equal part of the rounds: ``(0.25,
-            0.5, 1)`` is thin at first, and whole at last; None: equal in all rounds. Needs the number of local steps
-            of the run, as ``finish_rounds`` does.
+            so a training that ends by steps or epochs, and rounds of known lengths.
+        growth: minimum shares of the parts that each worker holds, each for an equal part of the rounds: ``(0.25,
+            0.5, 1)`` begins small, and ends with everything; None: equal in all rounds. Needs the number of local
+            steps of the run, as ``finish_rounds`` does.
         evaluate_on: workers that evaluate, and have the full model then: ``all`` (a shard of the data each) or
             ``first`` (worker 0 alone, all of the data; the others send it the missing parts, keep theirs, and wait, so
             ``timeout`` must exceed an evaluation). Checkpoints are assembled there too.
@@ -144,8 +144,8 @@ class GrowingConfig(CommonConfig):
             check_growth(self.growth)
         if self.needs_total_steps and isinstance(self.local_steps, QSR):
             raise ValueError(
-                f"{self.by_total_steps} with local_steps={self.local_steps}: which rounds are the last is not known, "
-                "as their lengths follow from learning rates to come. Give a number or PostLocal."
+                f"{self.by_total_steps} with local_steps={self.local_steps}: the last rounds are not known in advance, "
+                "because QSR derives lengths from future learning rates. Set local_steps to a number or PostLocal."
             )
         self._check_first()
 
@@ -189,7 +189,7 @@ class GrowingConfig(CommonConfig):
         for name, value in given.items():
             if value is not None:
                 raise ValueError(
-                    f"growth={self.growth!r} says what {name}={value!r} would say too; leave one of them out."
+                    f"growth={self.growth!r} and {name}={value!r} set the same thing; leave one of them out."
                 )
 
 

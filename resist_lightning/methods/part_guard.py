@@ -18,7 +18,7 @@ from resist_lightning.state.absent import NEW_MODULE
 from resist_lightning.state.compiled import is_exporting
 
 _WAY_OUT = (
-    "Do so inside `engine.full_model()`, on all workers, or in a hook of the validation; under Lightning the engine is "
+    "Do so inside `engine.full_model()`, on all workers, or in a validation hook; under Lightning the engine is "
     "`trainer.strategy.engine`."
 )
 
@@ -70,8 +70,8 @@ class PartGuard:
     def refuse(self, name: str, what: str) -> NoReturn:
         """Raise the error that this worker has only a part of the network."""
         raise PartialModelError(
-            f"worker {self._worker} has only a part of the network in this round, without all of {name}, and was asked "
-            f"to {what} it. {self._way_out}"
+            f"worker {self._worker} has only a part of the network in this round, not all of {name}, and was asked to "
+            f"{what} it. {self._way_out}"
         )
 
     @contextmanager
@@ -108,8 +108,8 @@ class PartGuard:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(
-                f"worker {self._worker} {what} the part of the network that it has in this round: not the full model, "
-                f"and another one on each worker. If the full model is meant: {self._way_out}",
+                f"worker {self._worker} {what} the part of the network that it has in this round, which is not the "
+                f"full model, and differs between workers. If you mean the full model: {self._way_out}",
                 stacklevel=6,
             )
 

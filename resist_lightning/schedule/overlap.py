@@ -130,8 +130,8 @@ class Overlaps:
         if self.round_steps is None or self.chosen is not None or not 0 < steps <= rounds * local_steps:
             return ""
         return (
-            f"overlap='auto': the choice comes after {rounds} rounds of {local_steps} local steps, and this training "
-            f"has {steps}, so every round waits for its sync. Give a number of local steps, or train longer."
+            f"overlap='auto': it is chosen after {rounds} rounds of {local_steps} local steps, and this training has "
+            f"{steps}, so every round waits for its sync. Give a number of local steps, or train longer."
         )
 
     def summary(self) -> dict[str, Any] | None:
@@ -156,7 +156,7 @@ class Overlaps:
         if not overlap:
             return f"overlap=0 is chosen: {measured}, so waiting takes less than {WORTH:.0%} of a round."
         needed = _steps_beside(max(syncs), min(steps))
-        more = f" It needs {needed}, so take longer rounds, or fewer bits." if needed > overlap else ""
+        more = f" The sync needs {needed}, so choose longer rounds, or fewer bits." if needed > overlap else ""
         return f"overlap={overlap} is chosen, from round {first} on: {measured}.{more}"
 
 

@@ -145,7 +145,7 @@ class Clock:
         """Check that there is a learning rate if the rule needs one."""
         if self.rule is not None and self.rule.follows_rate and self.rate() is None:
             raise ValueError(
-                f"local_steps={self.rule} follows the learning rate, and no optimizer has one (a parameter group with "
+                f"local_steps={self.rule} follows the learning rate, but no optimizer has one (a parameter group with "
                 "'lr'). Give a number of local steps, or PostLocal(first, then, switch_step)."
             )
 

@@ -69,8 +69,8 @@ class QSR:
         if self.warmup_steps < steps:
             return ""
         return (
-            f"local_steps={self}: warmup_steps last as long as this training of {steps} local steps, so all rounds "
-            f"have {self.base}."
+            f"local_steps={self}: warmup_steps cover all {steps} local steps of this training, so all rounds have "
+            f"{self.base}."
         )
 
 
@@ -120,7 +120,7 @@ class PostLocal:
         if self.switch_step < steps or self.first == self.then:
             return ""
         return (
-            f"local_steps={self}: switch_step lies behind the end of this training of {steps} local steps, so all "
+            f"local_steps={self}: switch_step lies after the end of this training of {steps} local steps, so all "
             f"rounds have {self.first}."
         )
 

@@ -101,8 +101,8 @@ def never_divided(warmup_rounds: int, finish_from: int | None, rounds: int, part
         return ""
     names = [*(["warmup_rounds"] if warmup_rounds else []), *(["finish_rounds"] if finished else [])]
     return (
-        f"{' and '.join(names)} cover this training of {rounds} rounds: every worker holds all {parts} from its "
-        "beginning to its end, as with local_sgd. Choose fewer of these rounds or shorter ones, or train longer."
+        f"{' and '.join(names)} cover all {rounds} rounds of this training: every worker always holds all {parts}, as "
+        "with local_sgd. Choose fewer of these rounds or shorter ones, or train longer."
     )
 
 

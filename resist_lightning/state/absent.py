@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from resist_lightning.errors import PartialModelError
 
-ENDED_EARLY = "the training ended with an error, before the workers put the full model together"
+ENDED_EARLY = "the training ended with an error, before the workers assembled the full model"
 ENDED_ELSEWHERE = "the training has ended, and worker 0 alone has the full model (full_model_on='first')"
 NEW_MODULE = "Load a checkpoint into a new module."
 

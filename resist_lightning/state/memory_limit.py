@@ -37,8 +37,8 @@ def shortage(needed: Needed, limit: Limit, remedy: str) -> str:
         return ""
     parts = f"weights {_megabytes(needed.weights)}, gradients {_megabytes(needed.gradients)}, optimizer state "
     return (
-        f"this worker cannot train: beside activations it needs at least {_megabytes(sum(needed))} ({parts}"
-        f"{_megabytes(needed.state)}), and may have {_megabytes(limit.bytes)} ({limit.source}), "
+        f"this worker cannot train: without activations it needs at least {_megabytes(sum(needed))} "
+        f"({parts}{_megabytes(needed.state)}), but its limit is {_megabytes(limit.bytes)} ({limit.source}), "
         f"{_megabytes(missing)} too little. {remedy}"
     )
 

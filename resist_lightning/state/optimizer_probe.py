@@ -81,7 +81,7 @@ def probe(optimizer: Optimizer) -> list[Findings]:
     optimizers = with_inner(optimizer)
     if any(isinstance(each, torch.optim.LBFGS) for each in optimizers):
         raise ValueError(
-            f"{name} flattens all parameters into one vector, and here state is kept, moved and begun anew by "
+            f"{name} flattens all parameters into one vector, but its state must be kept, moved and reset by "
             "parameter. Use SGD, AdamW or the like."
         )
     messages_before = messages_sent()
@@ -100,8 +100,8 @@ def probe(optimizer: Optimizer) -> list[Findings]:
         return [Findings(unknown=f"{type(error).__name__}: {error}") for _ in optimizers]
     if messages_sent() != messages_before:
         raise ValueError(
-            f"{name} talks to other workers in its step, which would mix their weights between two syncs. Choose an "
-            "optimizer of one process."
+            f"{name} communicates with other workers in its step, which would mix their weights between two syncs. "
+            "Choose an optimizer that does not."
         )
     return [_compare(trial, other_gradient, other_weight, place) for place in range(len(optimizers))]
 

@@ -62,20 +62,20 @@ class OptimizerStates:
             name, found = type(tracked.optimizer).__name__, tracked.findings
             if found.unknown:
                 warnings.warn(
-                    f"what {name} keeps is not known: a trial step on a small parameter failed ({found.unknown}). Its "
-                    "`state` restarts, or goes with its parameter; what it keeps elsewhere stays as it is.",
+                    f"the state of {name} is not known: a trial step on a small parameter failed ({found.unknown}). "
+                    "Its `state` restarts, or moves with its parameter; what it keeps elsewhere stays as it is.",
                     stacklevel=3,
                 )
             elif found.estimates and momentum == "reset":
                 warnings.warn(
-                    f"{name} estimates {', '.join(found.estimates)} from the gradients, and momentum='reset' begins "
-                    f"anew in every round of {length}: use 'keep', or longer rounds.",
+                    f"{name} estimates {', '.join(found.estimates)} from the gradients, but momentum='reset' restarts "
+                    f"them in every round of {length}: use 'keep', or longer rounds.",
                     stacklevel=3,
                 )
             elif found.estimates:
                 warnings.warn(
-                    f"{name} estimates {', '.join(found.estimates)} from the gradients, and momentum={momentum!r} lets "
-                    "every worker go by its own: workers may train at different learning rates.",
+                    f"{name} estimates {', '.join(found.estimates)} from the gradients, and momentum={momentum!r} "
+                    "keeps each worker's own: workers may train at different learning rates.",
                     stacklevel=3,
                 )
 
@@ -108,7 +108,7 @@ class OptimizerStates:
                 copies += [key for key, slot in slots.items() if slot.copies_weights]
             if cut and copies:
                 raise ValueError(
-                    f"momentum={momentum!r} begins with zeros where an entry comes without state, and {copies[0]!r} of "
+                    f"momentum={momentum!r} gives zeros to entries that arrive without state, but {copies[0]!r} of "
                     f"{name} is a copy of the weights; use momentum={instead}."
                 )
 
@@ -122,7 +122,7 @@ class OptimizerStates:
             numbers = [*tracked.findings.group, *tracked.findings.attributes]
             if numbers:
                 raise ValueError(
-                    f"momentum='reset' with fragments restarts the state of one fragment at a time, and "
+                    "momentum='reset' with fragments restarts the state of one fragment at a time, but "
                     f"{type(tracked.optimizer).__name__} keeps {', '.join(numbers)} for all parameters; use "
                     "momentum='keep', or fragments=1."
                 )

@@ -21,11 +21,11 @@ def who_holds(tensor: Tensor) -> str:
     """A sentence that names the users of a tensor's memory, with the remedy."""
     weak = weakref.getweakrefs(tensor)
     if any(isinstance(reference, WeakIdRef) for reference in weak):
-        return f"what torch.compile has noted about it has a weak reference to it. {_remedy_for_compiled()}"
+        return f"torch.compile keeps a weak reference to it. {_remedy_for_compiled()}"
     if weak:
         return (
-            f"{_places(weak) or 'something'} has a weak reference to it, which would point to memory that is gone. "
-            "Drop the reference before the round ends, or leave its block out of `blocks`."
+            f"{_places(weak) or 'something'} has a weak reference to it, which would point to freed memory. Drop the "
+            "reference before the round ends, or leave its block out of `blocks`."
         )
     views, graphs = _users(tensor)
     if views:
@@ -99,10 +99,10 @@ def _remedy_for_compiled() -> str:
 
     if hasattr(torch._dynamo.config, _FORGETS):
         return (
-            f"A backend of your own keeps that: set torch._dynamo.config.{_FORGETS} = True, or register the backend by "
-            "name (torch._dynamo.register_backend)."
+            f"It does so for a backend of your own: set torch._dynamo.config.{_FORGETS} = True, or register the "
+            "backend by name (torch._dynamo.register_backend)."
         )
     return (
-        f"torch {torch.__version__} keeps that for every backend, and torch 2.15 does not: use that, or leave blocks "
-        "that are partitioned uncompiled."
+        f"torch {torch.__version__} does so for every backend, and torch 2.15 does not: use torch 2.15, or do not "
+        "compile partitioned blocks."
     )

@@ -48,7 +48,7 @@ def initialise(module: nn.Module, device: torch.device) -> None:
         if not callable(reset):
             raise ValueError(
                 f"{name or 'the module'} ({type(child).__name__}) was built on the meta device, and has no "
-                "`reset_parameters`: nobody knows its values. Add this method, or build the network in "
+                "`reset_parameters`, so its values are unknown. Add this method, or build the network in "
                 "`configure_model` without torch.device('meta'): there only worker 0 makes all values."
             )
         allocate({f"{name}.{key}".lstrip("."): tensor for key, tensor in own.items()}, device)

@@ -27,7 +27,7 @@ from resist_lightning.strategies.options import StrategyOptions, config_of, take
 from resist_lightning.strategies.session import making_training_loaders
 
 _NOT_ALONE = (
-    "its workers put the whole network together on each of them. To evaluate beside the training, use "
+    "it assembles the whole network on every worker. To evaluate beside the training, use "
     "resist_lightning.evaluator.CheckpointEvaluator."
 )
 
@@ -116,8 +116,8 @@ class AuxNetStrategy(SubnetStrategy):
             )
         if _clips_by_norm(trainer):
             rank_zero_warn(
-                f"gradient_clip_val={trainer.gradient_clip_val} limits the norm of each stage's gradients by itself: "
-                "no worker knows that of all."
+                f"gradient_clip_val={trainer.gradient_clip_val} clips each stage by the norm of its own gradients: no "
+                "worker knows the norm of all gradients."
             )
 
     @property
@@ -181,9 +181,9 @@ class AuxNetStrategy(SubnetStrategy):
         outside = [name for name, tensor in engine.layout.shared.items() if tensor.requires_grad]
         if engine.collective.workers > 1 and outside and _clips_by_norm(trainer):
             raise ValueError(
-                f"gradient_clip_val={trainer.gradient_clip_val} clips by the norm of what a worker has, so "
-                f"{outside[0]}, which lies outside of the stages and is trained alike on all workers, would diverge. "
-                "Clip by value (gradient_clip_algorithm='value'), or make it a part of the network."
+                f"gradient_clip_val={trainer.gradient_clip_val} clips by the norm of a worker's own gradients, so "
+                f"{outside[0]}, which lies outside of the stages and is trained identically on all workers, would "
+                "diverge. Clip by value (gradient_clip_algorithm='value'), or make it a part of the network."
             )
         plugin = trainer.precision_plugin
         clip = partial(_clip_if_any, plugin.clip_grad_by_value)

@@ -44,8 +44,8 @@ def check_averages(trainer: pl.Trainer, config: CommonConfig) -> None:
         )
     if config.first_ends:
         raise ValueError(
-            f"{names[0]} ends with its average in the place of the full model, on every worker, and "
-            "full_model_on='first' has that on worker 0 alone. Use full_model_on='all'."
+            f"{names[0]} replaces the full model by its average at the end, on every worker, but full_model_on='first' "
+            "has a full model on worker 0 alone. Use full_model_on='all'."
         )
     if config.non_finite == "drop":
         raise ValueError(

@@ -59,9 +59,9 @@ def _only_first_makes_values(collective: Collective) -> Iterator[None]:
         if collective.worker == 0 or "meta" not in str(error):
             raise
         raise RuntimeError(
-            f"`configure_model` reads values of parameters, and on worker {collective.worker} they have none: worker 0 "
+            f"`configure_model` reads values of parameters, but on worker {collective.worker} they have none: worker 0 "
             "sends them when the training starts. Leave this to worker 0, skipping parameters whose `is_meta` is True; "
-            "or build the network in __init__, on every worker whole."
+            "or build the whole network on every worker, in __init__."
         ) from error
     ended = random_state()
     buffer = io.BytesIO()
@@ -129,8 +129,8 @@ def check_built(engine: Engine, trainer: pl.Trainer, patches: Patches) -> None:
     if not any(unmade) and engine.layout.partial and engine.config.trains_alone:
         size = sum(parameter.nbytes for parameter in engine.module.parameters())
         rank_zero_info(
-            f"Every worker has built the whole module ({size / 1e6:,.1f} MB of parameters), and gives up what others "
-            "hold when the training starts. Built in `configure_model`, only worker 0 has all of it."
+            f"Every worker has built the whole module ({size / 1e6:,.1f} MB of parameters), and frees the parts of "
+            "others when the training starts. If it is built in `configure_model`, only worker 0 holds all of it."
         )
 
 

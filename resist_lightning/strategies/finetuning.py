@@ -61,8 +61,8 @@ def not_in_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list
     if len(new) < len(parameters):
         rank_zero_warn(
             f"{len(parameters) - len(new)} of the {len(parameters)} parameters that were to be added to "
-            f"{type(optimizer).__name__} are in one of its groups already, and stay there. Give the optimizer what "
-            "trains from the beginning only: [p for p in self.parameters() if p.requires_grad]."
+            f"{type(optimizer).__name__} are already in one of its groups, and stay there. At first give the optimizer "
+            "only parameters that train from the beginning: [p for p in self.parameters() if p.requires_grad]."
         )
     return new
 

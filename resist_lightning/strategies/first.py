@@ -170,6 +170,6 @@ def check_full_model(trainer: pl.Trainer, engine: Engine | None) -> None:
     if engine is None or not engine.ended_on_first or fn not in (TrainerFn.FITTING, TrainerFn.PREDICTING):
         return
     raise ValueError(
-        f"trainer.{fn.value} needs the full model on every worker, and full_model_on='first' has left it on worker 0 "
+        f"trainer.{fn.value} needs the full model on every worker, but full_model_on='first' has left it on worker 0 "
         "alone. Set full_model_on='all', or load a checkpoint into a new module, with a new Trainer."
     )

@@ -18,7 +18,7 @@ class ISTOptions(LocalTrainingOptions, NeuronConfig):
 
     without: ClassVar[Mapping[str, str]] = {
         "fragments": "each sync draws all neurons again, as in the paper.",
-        "overlap": "a slice that moves has no place in the old holder's tensors where it could train on meanwhile.",
+        "overlap": "a slice that moves could not train meanwhile: the old holder's tensors have no place for it.",
     }
     local_steps: LocalStepsRule = 20
 

@@ -100,10 +100,10 @@ _UNKNOWN_MESSAGES = (
 )
 _GATHERED = (
     "self.all_gather in training sends messages each time, so the workers wait for each other in every step. Gather in "
-    "validation, or what is needed once a round."
+    "validation, or once a round."
 )
 _GATHERED_WITH_GRADIENTS = (
-    "self.all_gather(sync_grads=True) sends messages in every step, forward and backward. The gradient of a worker has "
-    "the losses of all workers in it, each through the part of the network that the other worker holds, and is not "
-    "averaged with the others' before the step, as it would be under DDP."
+    "self.all_gather(sync_grads=True) sends messages in every step, forward and backward. A worker's gradient then "
+    "contains the losses of all workers, each through that worker's part of the network, and is not averaged over "
+    "workers before the step, as it would be under DDP."
 )

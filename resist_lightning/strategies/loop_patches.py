@@ -137,7 +137,7 @@ def _unless_resuming(search: Callable[..., None], trainer: pl.Trainer) -> Callab
 
     def search_or_not(*args: Any) -> None:
         if trainer._checkpoint_connector._loaded_checkpoint:
-            rank_zero_info("LearningRateFinder searches nothing: the run resumes with the checkpoint's learning rate.")
+            rank_zero_info("LearningRateFinder is skipped: the run resumes with the checkpoint's learning rate.")
         else:
             search(*args)
 

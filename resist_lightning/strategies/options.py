@@ -41,9 +41,9 @@ class StrategyOptions:
     """Options of every strategy: start and supervision of workers, checkpoints and snapshots.
 
     Args:
-        devices_per_worker: processes that make up one worker: they hold the same part of the network, split its
+        devices_per_worker: processes per worker: they hold the same part of the network, split its
             batches, and average their gradients in every step. ``"node"``: all processes of a host.
-        across_hosts: whether the processes of one worker may be on several hosts, as where these have a fast link.
+        across_hosts: whether the processes of one worker may be on several hosts, e.g. on hosts with a fast link.
         find_unused_parameters: where a worker has several processes, whether some parameters may get no gradient in a
             step; as in DDP.
         on_save_error: response to a checkpoint that cannot be written, e.g. to a full disk: ``"raise"`` ends the
@@ -53,7 +53,7 @@ class StrategyOptions:
             of the training. None: no snapshots.
         snapshot_every_n_rounds: rounds between two snapshots, at least 1.
         on_worker_loss: response to a restart by torchrun with another number of workers: ``"stop"``, or ``"shrink"``
-            (resume with the workers that are there; needs ``snapshots``).
+            (resume with the workers that are left; needs ``snapshots``).
         parallel_devices: devices of this host's processes where ``Trainer(devices=...)`` cannot name them, e.g. one GPU
             several times: ``["cuda:0", "cuda:0"]``.
         process_group_backend: ``"nccl"`` or ``"gloo"``; by default NCCL on GPUs, gloo on the CPU and for several
@@ -95,7 +95,7 @@ class StrategyOptions:
         if self.snapshots is not None and self.snapshot_folder is None:
             raise ValueError(
                 f"snapshots={str(self.snapshots)!r} must be a folder with a local path, or a file:// URL: workers "
-                "replace files in it in one go, which other file systems cannot do. Mount it, and name its path."
+                "replace files in it atomically, which other file systems cannot do. Mount it, and give its path."
             )
         if self.on_worker_loss == "shrink" and self.snapshots is None:
             raise ValueError(

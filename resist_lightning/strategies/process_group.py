@@ -46,8 +46,8 @@ class ProcessGroup:
         self._owned = not group_exists()
         if backend in NCCL:
             rank_zero_info(
-                "The workers talk by NCCL, with which this package has not been tried on GPUs yet: tell us what you "
-                "see. process_group_backend='gloo' sends the same numbers through the hosts' memory."
+                "The workers communicate over NCCL, with which this package is not tested on GPUs yet: please report "
+                "problems. process_group_backend='gloo' sends the same numbers through the hosts' memory."
             )
         if self._owned:
             self._make(environment, backend, device)

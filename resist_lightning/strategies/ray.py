@@ -70,11 +70,11 @@ def _check_options(options: StrategyOptions) -> None:
     usual = type(options)()
     instead: dict[str, Any] = {
         "start_method": "Ray starts the workers: leave it out.",
-        "parallel_devices": "Ray chooses the workers' devices: say what each gets in ScalingConfig.",
+        "parallel_devices": "Ray chooses the workers' devices: set them in ScalingConfig.",
         "process_group_backend": "Ray makes the process group: TorchTrainer(torch_config=TorchConfig(backend=...)).",
         "timeout": "Ray makes the process group: TorchTrainer(torch_config=TorchConfig(timeout_s=...)).",
-        "snapshots": "Ray starts the workers again from the checkpoint that RayTrainReportCallback has reported last.",
-        "on_worker_loss": "Ray decides with how many workers it starts again: ScalingConfig(num_workers=(MIN, MAX)).",
+        "snapshots": "Ray restarts the workers from the checkpoint that RayTrainReportCallback reported last.",
+        "on_worker_loss": "Ray decides how many workers it restarts: ScalingConfig(num_workers=(MIN, MAX)).",
     }
     for name, text in instead.items():
         value = getattr(options, name)

@@ -30,8 +30,8 @@ def register_strategies() -> None:
             )
     _refuse(
         STRATEGY_REGISTRY,
-        "this strategy works with Trainer only. In a loop of Fabric's the engine does its work: let Fabric start the "
-        "workers (Fabric(devices=2), without a strategy of ours), do not pass the network to fabric.setup(), and call "
+        "this strategy works only with Trainer. With Fabric use the engine: let Fabric start the workers "
+        "(Fabric(devices=2), without a strategy of ours), do not pass the network to fabric.setup(), and call "
         "engine.after_step() after optimizer.step(); docs/tools.md#fabric has such a program.",
     )
     other: Any = sys.modules.get("pytorch_lightning.strategies")  # not imported where the user has not

@@ -232,5 +232,5 @@ def splits(rank: int) -> str:
 def test_processes_that_were_told_different_numbers_say_so_instead_of_waiting() -> None:
     said = run_workers(splits, 4)
     assert len(set(said)) == 1
-    assert "told different numbers of devices_per_worker: 2 on " in said[0]
+    assert "started with different devices_per_worker: 2 on " in said[0]
     assert ", 1 on " in said[0]

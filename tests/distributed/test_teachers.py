@@ -86,7 +86,7 @@ def cases(worker: int) -> dict[str, list[tuple[dict[str, Tensor], list[int], lis
     return {kind: [train(worker, kind, stop) for stop in (None, 2)] for kind in WRITES}
 
 
-@pytest.mark.filterwarnings("ignore:.*frozen, but written")
+@pytest.mark.filterwarnings("ignore:.*frozen, but overwritten")
 def test_what_workers_write_into_a_teacher_is_averaged() -> None:
     results = run_workers(cases, WORKERS)
     for kind, write in WRITES.items():

@@ -70,7 +70,7 @@ def test_a_sweep_over_local_steps(on_ray: Path) -> None:
     ("wrong", "message"),
     [
         ("start_method", "start_method='spawn' has no effect under Ray. Ray starts the workers: leave it out."),
-        ("snapshots", "snapshots='/shared' has no effect under Ray. Ray starts the workers again from the checkpoint"),
+        ("snapshots", "snapshots='/shared' has no effect under Ray. Ray restarts the workers from the checkpoint"),
         ("process_group_backend", "TorchTrainer(torch_config=TorchConfig(backend=...))"),
         ("environment", "RayLightningEnvironment"),
         ("members", "devices_per_worker"),

@@ -142,7 +142,7 @@ def test_sigterm_to_the_whole_step_stops_all_together_and_the_next_start_goes_on
 def test_wrong_numbers_of_tasks_are_told_within_seconds(cluster: Cluster, tmp_path: Path) -> None:
     shutil.copy(FILES / "train.py", tmp_path)
     commands = {
-        "no srun": ("python train.py --devices 2", "srun has not started this process"),
+        "no srun": ("python train.py --devices 2", "srun did not start this process"),
         "fewer": ("srun --ntasks=1 python train.py --devices 2", "srun has started 1 task(s)"),
         "devices": ("srun python train.py", "HINT: Set `devices=2`"),
         "nodes": ("srun python train.py --devices 2 --nodes 2", "HINT: Set `num_nodes=1`"),

@@ -48,7 +48,7 @@ def test_a_size_changes_several_options_and_what_is_given_counts() -> None:
     ("arguments", "message"),
     [
         ("size=huge", "size=huge: must be one of full, smoke"),
-        ("acuracy", "acuracy: there is no such study; choose from accuracy, memory, or write key=value"),
+        ("acuracy", "acuracy: no such study; choose from accuracy, memory, or write key=value"),
         ("size=full", "folder is missing: name it, folder=FOLDER"),
         ("seed=3", "seed=3: unknown key; the configuration has size, out, folder, seeds"),
         ("seed=3", "did you mean seeds?"),
@@ -56,13 +56,13 @@ def test_a_size_changes_several_options_and_what_is_given_counts() -> None:
         ("seeds=many", "seeds=many: must be a whole number"),
         ("rate=1", "rate=1: must be a number or null, above 0, below 1"),
         ("tasks=[cifar]", "tasks=['cifar']: 'cifar' must be one of digits, speech (so that samples are equal)"),
-        ("tasks=[]", "tasks=[]: must be a list of one or more, each must be one of digits"),
+        ("tasks=[]", "tasks=[]: must be a list of one or more entries, each must be one of digits"),
         ("tasks=digits", "tasks=digits: must be a list"),
-        ("widths=[4,4]", "widths=[4, 4]: an entry stands there twice"),
+        ("widths=[4,4]", "widths=[4, 4]: an entry appears twice"),
         ("widths=[3]", "widths=[3]: 3 must be a whole number, at least 4"),
         ("seeds=[", "cannot be read"),
-        (f"out={ROOT}/README.md/x", "is a file, and a folder is needed"),
-        ("out=results", "a smoke run must not stand among the results"),
+        (f"out={ROOT}/README.md/x", "is a file, not a folder"),
+        ("out=results", "a smoke run must not be stored among the results"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(

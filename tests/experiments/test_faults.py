@@ -236,7 +236,7 @@ def run_beside_threads(_: int, folder: str) -> None:
 
 
 def test_a_process_with_threads_is_not_forked(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="threads and must not be forked; set OMP_NUM_THREADS=1"):
+    with pytest.raises(RuntimeError, match="threads, but a process to fork may have only one; set OMP_NUM_THREADS=1"):
         run_workers(run_beside_threads, 1, str(tmp_path))  # gloo's threads
 
 
@@ -256,7 +256,7 @@ def test_records_of_different_seeds_are_joined() -> None:
     content = tables.joined([one, other])
     assert (content["seconds"], content["settings"]["seed"], content["at_a_time"]) == (7, [0, 1], 2)
     assert len(content["rows"]) == 2
-    with pytest.raises(ValueError, match="the same faults would count twice"):
+    with pytest.raises(ValueError, match="the same faults would be counted twice"):
         tables.joined([one, one])
     with pytest.raises(ValueError, match="different silence_seconds cannot be joined"):
         tables.joined([one, {**other, "settings": {"seed": 1, "silence_seconds": 4}}])

@@ -110,7 +110,7 @@ def test_grey_images_and_other_shapes_become_colour_of_one_size(tmp_path: Path) 
             {"train/blue": 2, "train/green": 2, "train/red": 2, "test/red": 2, "test/violet": 2},
             r"different classes; in one of them only: blue, green, violet",
         ),
-        ({"train/red": 2}, r"has train/ only; .* to have it split"),
+        ({"train/red": 2}, r"has train/ only; .* itself, which will be split"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused(

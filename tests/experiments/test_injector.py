@@ -62,7 +62,7 @@ def test_a_sentence_reads_aloud_and_travels() -> None:
         (lambda: Fault("raise_in_loader", 1, "saving", round=0), "raise_in_loader cannot happen at 'saving'"),
         (
             lambda: Fault("kill", 1, "handshake", round=0, step=1),
-            "step=1 has a meaning at local steps and saving only",
+            "step=1 has a meaning only at local steps and saving",
         ),
     ],
 )
@@ -216,7 +216,7 @@ def test_a_fault_that_never_came_is_an_error(tmp_path: Path) -> None:
     assert outcomes[0].error is None
     assert repr(outcomes[1].error) == (
         'NeverStruck(\'kill(worker=1).at("hand_over", round=99) did not happen: '
-        "the training ended without coming there.')"
+        "the training ended before it reached that place.')"
     )
     assert list(tmp_path.glob("note-*")) == []
 

@@ -331,7 +331,7 @@ def test_a_bad_case_of_the_overlap_is_one_line(case: str, message: str) -> None:
         (["steps_per_round=51"], "steps_per_round=51 is above local_steps=50"),
         (["per_node=2"], "per_node=2 must divide workers=2 into two nodes or more"),
         (["methods=[resist_node]"], "'resist_node' needs nodes of several processes"),
-        (["size=nodes_smoke", "methods=[resist_int8]"], "'resist_int8' needs per_node=1; for per_node=2 take ddp"),
+        (["size=nodes_smoke", "methods=[resist_int8]"], "'resist_int8' needs per_node=1; with per_node=2 use ddp"),
     ],
 )
 def test_bad_values_are_one_line(arguments: list[str], message: str) -> None:

@@ -165,7 +165,7 @@ def test_many_clips_are_computed_in_order(folder: Path, monkeypatch: pytest.Monk
 
 def test_a_missing_or_empty_folder_is_refused_with_the_way_to_the_data(tmp_path: Path) -> None:
     for place in (tmp_path / "none", tmp_path):
-        with pytest.raises(ValueError, match=r"is not there or empty; download=true fetches .*v0\.02\.tar\.gz"):
+        with pytest.raises(ValueError, match=r"is missing or empty; download=true fetches .*v0\.02\.tar\.gz"):
             opened(place).check()
 
 
@@ -185,10 +185,10 @@ def test_a_word_without_clips_is_refused(folder: Path) -> None:
 def test_files_that_are_not_16_bit_mono_at_16_khz_are_named(folder: Path) -> None:
     path = folder / "zero" / name_of(TRAINED[0])
     write_wav(path, clip("sine"), rate=8000)
-    with pytest.raises(ValueError, match=r"zero.*wav has 8000 samples a second; needs 16000"):
+    with pytest.raises(ValueError, match=r"zero.*wav has 8000 samples a second; it needs 16000"):
         opened(folder).prepare_data()
     write_wav(path, clip("sine"), channels=2)
-    with pytest.raises(ValueError, match=r"wav has 2 channel\(s\) of 16 bits; needs 1 of 16 bits"):
+    with pytest.raises(ValueError, match=r"wav has 2 channel\(s\) of 16 bits; it needs 1 of 16 bits"):
         opened(folder).prepare_data()
     write_wav(path, clip("sine"), width=4)
     with pytest.raises(ValueError, match=r"wav has 1 channel\(s\) of 32 bits"):
@@ -204,7 +204,7 @@ def test_clips_of_one_part_only_are_refused(only: tuple[str, ...], folder: Path)
     for path in folder.glob("*/*_nohash_*.wav"):
         if path.stem.partition("_")[0] not in only:
             path.unlink()
-    with pytest.raises(ValueError, match=r"70 of 70 clips have 16000 samples, and (0|70) of them are of the test's"):
+    with pytest.raises(ValueError, match=r"70 of 70 clips have 16000 samples, and (0|70) of them are of test speakers"):
         opened(folder).prepare_data()
 
 
@@ -216,7 +216,7 @@ def test_train_py_refuses_a_wrong_folder_before_any_work_unless_it_is_to_be_fetc
             "cache_dir": str(tmp_path / "cache"),
         }
     )
-    with pytest.raises(ConfigError, match=r"data: folder=.*is not there or empty"):
+    with pytest.raises(ConfigError, match=r"data: folder=.*is missing or empty"):
         build_data(section)
     assert build_data(OmegaConf.merge(section, {"download": True})).num_classes == 35
     assert list(tmp_path.iterdir()) == []

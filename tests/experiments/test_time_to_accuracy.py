@@ -70,7 +70,7 @@ def test_the_clock_stands_from_validation_to_the_next_step(monkeypatch: pytest.M
         (["folder=/no/such/folder"], "'/no/such/folder' is not a folder"),
         (["methods=[none]"], "'none' does not train one model"),
         (["steps=9"], "steps=9 must be a multiple of evaluate_every=4"),
-        (["batch=150"], "batch=150 for 2 workers is above the 196 training examples"),
+        (["batch=150"], "batch=150 for 2 workers exceeds the 196 training examples"),
     ],
 )
 def test_bad_values_are_one_line(arguments: list[str], message: str) -> None:

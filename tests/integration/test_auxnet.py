@@ -344,7 +344,7 @@ def clip(worker: int) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit_stages(worker, Classifier(), gradient_clip_val=1.0, limit_train_batches=2)
-    return told(caught, "limits the norm of each stage's gradients by itself")
+    return told(caught, "clips each stage by the norm of its own gradients")
 
 
 def test_clipping_by_norm_warns_that_no_worker_knows_the_norm_of_all() -> None:

@@ -288,7 +288,7 @@ def go_on(worker: int, path: str) -> tuple[State, list[str], int, list[str], lis
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit_stages(worker, module, {}, loader, max_epochs=3, callbacks=[Sees()], ckpt_path=path)
-    return clone_state(module), told(caught, "are not all there"), trainer.global_step, held, said
+    return clone_state(module), told(caught, "are missing. The training resumes"), trainer.global_step, held, said
 
 
 def save(worker: int, folder: str, method: str) -> None:

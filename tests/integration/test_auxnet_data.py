@@ -307,4 +307,4 @@ def change_size(worker: int) -> None:
 def test_images_of_another_size_in_mid_training_are_refused_by_all() -> None:
     for outcome in run_trainers_to_the_end(change_size, 2):
         assert isinstance(outcome.error, ValueError), outcome
-        assert "is given (3, 16, 16) and was cut with inputs of (3, 8, 8)" in str(outcome.error)
+        assert "is given (3, 16, 16) but was cut for inputs of (3, 8, 8)" in str(outcome.error)

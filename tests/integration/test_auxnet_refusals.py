@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"workers": 9},
         "9 workers need 8 cut point.*has 7.*Use at most 8 workers",
     ),
-    "several inputs": (lambda: Odd(TwoInputs("")), {}, "takes x, y, and stages pass one tensor on"),
+    "several inputs": (lambda: Odd(TwoInputs("")), {}, "takes x, y, but stages pass on a single tensor"),
     "no trace": (lambda: Odd(Residual("branches")), {}, "cannot be"),
     "several outputs": (lambda: Odd(Residual("tuple")), {}, "returns"),
     "an unknown cut": (Classifier, {"strategy": {"cuts": ["section9"]}}, "section9"),

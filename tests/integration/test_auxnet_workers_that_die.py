@@ -84,7 +84,7 @@ def test_a_killed_worker_is_named_by_all_others(where: str, doomed: int, workers
 
     assert outcomes[doomed].end == "SIGKILL"
     for other in set(range(workers)) - {doomed}:
-        assert_lost(outcomes[other], doomed, "ended without a word")
+        assert_lost(outcomes[other], doomed, "ended without reporting an error")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_an_error_in_one_worker_ends_all(where: str, doomed: int, how: dict[str,
 def test_a_worker_that_hangs_is_named_after_the_timeout() -> None:
     outcomes = harm("hang", "backward", 1, SERIAL, timeout=5)
 
-    assert_lost(outcomes[0], 1, "is alive, but has not come")
+    assert_lost(outcomes[0], 1, "is alive, but has not reached")
 
 
 class Diverges(Classifier):

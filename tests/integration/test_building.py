@@ -83,4 +83,4 @@ def train_reading(worker: int) -> None:
 def test_reading_what_another_worker_sends_is_an_error_that_says_so() -> None:
     *_, outcome = run_trainers_to_the_end(train_reading, 2)
     assert isinstance(outcome.error, RuntimeError)
-    assert str(outcome.error).startswith("`configure_model` reads values of parameters, and on worker 1 they have none")
+    assert str(outcome.error).startswith("`configure_model` reads values of parameters, but on worker 1 they have none")

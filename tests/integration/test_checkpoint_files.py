@@ -234,9 +234,9 @@ def newer(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (cut_off, "cut off after"),
+        (cut_off, "truncated at"),
         (empty, "it is empty"),
-        (foreign, "no checkpoint of torch"),
+        (foreign, "not a torch checkpoint"),
         (bare_weights, "holds a bare state_dict"),
         (newer, "written by a newer resist-lightning"),
     ],
@@ -268,7 +268,7 @@ def test_a_file_without_permission_is_named_and_explained(saved: Path, tmp_path:
 
     (outcome,) = run_trainers_to_the_end(resume_as_nobody if os.geteuid() == 0 else resume, 1, str(path))
     assert isinstance(outcome.error, CheckpointError)
-    assert "this user may not read it" in str(outcome.error)
+    assert "this user has no permission to read it" in str(outcome.error)
 
 
 def test_a_damaged_file_of_a_worker_is_an_error(saved: Path) -> None:
@@ -287,7 +287,7 @@ def test_without_the_workers_files_the_run_goes_on_from_the_full_model_and_says_
     assert_equal_states(first, second, exactly=True)
     said = run_trainers(resume_and_listen, 2, str(saved))[0]
     assert "files beside" in said
-    assert "are not all there" in said
+    assert "are missing. The training resumes" in said
 
 
 def test_weights_alone_have_no_files_of_workers(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def save_in_memory(worker: int, folder: str) -> str:
 
 
 def test_another_file_system_has_the_full_model(tmp_path: Path) -> None:
-    assert "gives the full model alone" in run_trainers(save_in_memory, 1, str(tmp_path))[0]
+    assert "has only the full model" in run_trainers(save_in_memory, 1, str(tmp_path))[0]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -57,7 +57,7 @@ def test_every_worker_has_draws_of_its_own_and_goes_on_with_them(tmp_path: Path)
 
 
 def test_no_seed_below_0_and_none_where_workers_must_draw_alike() -> None:
-    with pytest.raises(ValueError, match="seed=-1 must not be below 0"):
+    with pytest.raises(ValueError, match="seed=-1 must be at least 0"):
         SeedPerWorker(-1)
     trainer: Any = SimpleNamespace(strategy=AuxNetStrategy(), world_size=2)
     with pytest.raises(ValueError, match="SeedPerWorker contradicts AuxNet"):

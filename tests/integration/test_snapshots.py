@@ -177,7 +177,7 @@ def starts_anew(worker: int, folder: str) -> None:
 def test_a_new_run_does_not_write_over_the_snapshots_of_a_broken_one(snapshots: Path) -> None:
     for outcome in run_trainers_to_the_end(starts_anew, 2, str(snapshots)):
         assert isinstance(outcome.error, ValueError)
-        assert "a run that did not come to its end" in str(outcome.error)
+        assert "a run that did not finish" in str(outcome.error)
         assert "ckpt_path=" in str(outcome.error)
     assert len(SnapshotFolder(snapshots).newest_first()) == 2
 

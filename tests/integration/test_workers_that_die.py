@@ -69,13 +69,13 @@ def test_a_killed_worker_is_named_by_all_others_with_what_it_did_and_how_to_resu
 
     assert outcomes[1].end == "SIGKILL"
     for other in (0, 2):
-        assert_lost(outcomes[other], 1, r"ended without a word", tmp_path)
+        assert_lost(outcomes[other], 1, r"ended without reporting an error", tmp_path)
 
 
 def test_a_worker_that_hangs_is_named_and_ended(tmp_path: Path) -> None:
     outcomes = harm("load:hang", 1, tmp_path, limit=5.0)
 
-    assert_lost(outcomes[0], 1, r"is alive, but has not come to the handshake for 5 s: it is still in ", tmp_path)
+    assert_lost(outcomes[0], 1, r"is alive, but has not reached the handshake for 5 s: it is still in ", tmp_path)
     assert outcomes[1].end == f"exit code {EXIT_CODE}"
 
 
@@ -123,7 +123,7 @@ def witness(folder: Path) -> list[int]:
     ("what", "doomed", "how"),
     [
         ("raise", 1, r"failed with KeyError: 'a mistake'"),
-        ("kill", 0, r"ended without a word"),
+        ("kill", 0, r"ended without reporting an error"),
     ],
 )
 def test_of_a_script_nobody_is_left_behind(what: str, doomed: int, how: str, tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def fork(_: int, harm: str, how: str, folder: str) -> None:
 @pytest.mark.parametrize(
     ("harm", "how"),
     [
-        ("segv", r"was ended by signal 11 \(SIGSEGV\)"),
-        ("stop", r"has not been heard of for \d+ s: it is frozen"),
+        ("segv", r"was killed by signal 11 \(SIGSEGV\)"),
+        ("stop", r"has sent no heartbeat for \d+ s: it is frozen"),
     ],
 )
 def test_of_forked_workers_the_one_that_came_to_harm_is_named(harm: str, how: str, tmp_path: Path) -> None:

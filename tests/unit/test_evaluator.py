@@ -150,7 +150,9 @@ def test_it_goes_on_where_it_was(folder: Path) -> None:
     assert [each.step for each in follow(folder, model=model)] == [2, 4, 6, 8]
     assert [step for step, _ in model.places[::STEPS]] == [6, 8]
     assert torch.load(folder / "evaluations" / "best.ckpt", weights_only=True)["global_step"] == 4
-    with pytest.raises(ValueError, match="kept the best checkpoint by min val/far, and this call asks for max val/far"):
+    with pytest.raises(
+        ValueError, match="chose the best checkpoint by min val/far, but this call asks for max val/far"
+    ):
         follow(folder, mode="max")
 
 
@@ -169,7 +171,7 @@ def test_files_that_are_written_replaced_and_damaged_while_it_looks(folder: Path
 
     timer = threading.Timer(0.3, finish)
     timer.start()
-    with pytest.warns(UserWarning, match=r"step=6.ckpt cannot be loaded: it is no checkpoint of torch"):
+    with pytest.warns(UserWarning, match=r"step=6.ckpt cannot be loaded: it is not a torch checkpoint"):
         found = follow(folder)
     timer.join()
     assert [each.step for each in found] == [2, 4, 8]
@@ -238,9 +240,9 @@ def nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("act", "error", "said"),
     [
-        (missing, ValueError, "is no folder. Give the dirpath of the training's ModelCheckpoint.* mkdir -p"),
+        (missing, ValueError, "is not a folder. Give the dirpath of the training's ModelCheckpoint.* mkdir -p"),
         (snapshots, ValueError, "has snapshots, in which no file is the full model"),
-        (nothing, CheckpointError, "there was no checkpoint in .*ModelCheckpoint"),
+        (nothing, CheckpointError, "no checkpoint appeared in .*ModelCheckpoint"),
         (lambda folder: follow("memory://run"), ValueError, "folder=memory://run must be a local folder"),
         (lambda folder: follow(folder, mode="up"), ValueError, "mode='up' must be 'min' or 'max'"),
         (lambda folder: follow(folder, silence=0), ValueError, "silence=0 and poll_seconds=0.01 must be above 0"),

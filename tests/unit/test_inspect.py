@@ -185,7 +185,7 @@ def test_the_command_passes_arguments_to_the_factory(capsys):
         (["torchvision.models:resnet50", "wdith=2"], "raised TypeError: .*wdith"),
         (["torchvision.models:resnet50", "2"], "must be key=value"),
         (["collections:Counter"], "made a Counter, not a torch.nn.Module"),
-        ([f"{__name__}:Deep", "--input", "2x4"], r"does not take the example .*2x4.* Give it an input"),
+        ([f"{__name__}:Deep", "--input", "2x4"], r"does not take the example .*2x4.* Give an input"),
         ([f"{__name__}:Deep", "--input", "two"], "must be numbers joined by x"),
         ([f"{__name__}:Deep", "--blocks", "trunk.*"], "matches nothing"),
         (["torch.nn:Linear", "in_features=2", "out_features=2"], "choose with `blocks=`"),

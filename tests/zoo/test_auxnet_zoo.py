@@ -57,7 +57,7 @@ def test_it_is_cut_and_has_auxiliary_networks_by_default(name: str) -> None:
 @pytest.mark.parametrize("name", NOT_TRACED)
 def test_a_model_of_transformers_is_refused_with_the_way_out(name: str) -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(StageSelectionError, match=r"Of a model of transformers, .* \(docs/auxnet\.md\)"):
+    with pytest.raises(StageSelectionError, match=r"For a model of transformers, .* \(docs/auxnet\.md\)"):
         StageLayout(zoo.build(name), StageConfig(), 2)
 
 

@@ -25,7 +25,7 @@ def end_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, however that happens."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        sys.exit("the program that started this worker is gone")
+        sys.exit("the program that started this worker has ended")
 
 
 def work(program: Any, task: str, server: int) -> int:

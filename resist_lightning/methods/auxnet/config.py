@@ -25,7 +25,7 @@ class StageConfig(CommonConfig):
     """Settings of a run that cuts the network by depth into stages, which all train at the same time (AuxNet).
 
     Args:
-        method: ``delayed`` (nothing is guessed: a stage works on the true output of the one before, and takes its true
+        method: ``delayed`` (nothing is guessed: a stage takes the true output of the one before, and its true
             gradients some steps late; options of guesses are refused); or the paper's ``penalty`` (an auxiliary network
             guesses the input of a stage), ``al-net`` (augmented Lagrangian, multipliers by a second head of the
             auxiliary networks), ``penalty-store`` and ``al-store`` (no auxiliary networks: guesses and multipliers are
@@ -52,7 +52,7 @@ class StageConfig(CommonConfig):
         aux_learning_rate: highest learning rate of the auxiliary networks (SGD with momentum 0.9); it falls as that of
             the first optimizer does.
 
-    The others are those of :class:`CommonConfig`; ``local_steps`` is the number of steps between two health checks.
+    The others are those of :class:`CommonConfig`; ``local_steps`` is the number of steps between two handshakes.
     Optimizer state is always kept, and a worker with NaN or infinity ends the run.
 
     Raises:
@@ -80,7 +80,7 @@ class StageConfig(CommonConfig):
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
-        check_integer("local_steps", self.local_steps, 1, "steps between two health checks")
+        check_integer("local_steps", self.local_steps, 1, "steps between two handshakes")
         check_choice("momentum", self.momentum, ["keep"])
         check_choice("non_finite", self.non_finite, ["raise"])
         check_choice("method", self.method, get_args(AuxMethod))
@@ -128,13 +128,13 @@ class StageConfig(CommonConfig):
         given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != defaults[name]]
         if given and self.delayed:
             raise ValueError(
-                f"method='delayed', the default, guesses nothing, so {', '.join(given)} would do nothing. Leave it "
-                "out, or take a method that guesses: method='penalty' is the paper's."
+                f"method='delayed', the default, guesses nothing, so {', '.join(given)} would have no effect. Leave it "
+                "out, or choose a method that guesses: method='penalty' is the paper's."
             )
         if given:
             raise ValueError(
-                f"method={self.method!r} delays nothing, so {', '.join(given)} would do nothing. Leave it out, or take "
-                "method='delayed'."
+                f"method={self.method!r} delays nothing, so {', '.join(given)} would have no effect. Leave it out, or "
+                "choose method='delayed'."
             )
 
     @property

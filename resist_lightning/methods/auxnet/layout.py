@@ -70,8 +70,8 @@ class StageLayout(Layout):
         if end > warmup_steps:
             return []
         return [
-            f"warmup_steps={warmup_steps} cover this training of {end} steps: the stages wait for each other in every "
-            "one of them, which is back-propagation and no faster. Set warmup_steps=0 or a small part of the steps, or "
+            f"warmup_steps={warmup_steps} cover all {end} steps of this training: the stages wait for each other in "
+            "every step, which is back-propagation and no faster. Set warmup_steps=0 or a small part of the steps, or "
             "train longer."
         ]
 
@@ -196,7 +196,7 @@ class StageLayout(Layout):
             share = sum(units[first:end]) / total
             lines.append(f"  stage {worker}: {name}; {sizes[worker]:,} parameters, {share:.0%} of the time")
         shapes = [" x ".join(map(str, shape)) for shape in self.boundary_shapes.boundaries]
-        lines.append(f"  what crosses the boundaries, per sample: {', '.join(shapes)}")
+        lines.append(f"  tensors that cross the boundaries, per sample: {', '.join(shapes)}")
         return "\n".join(lines)
 
     @override
@@ -204,7 +204,7 @@ class StageLayout(Layout):
         super().warn_about_settings()
         if self.workers > 2 and self.config.stored and self.config.lambda_step == 1:
             warnings.warn(
-                "lambda_step=1 diverges where the guesses of three stages or more are stored, and here are "
+                "lambda_step=1 diverges with stored guesses and three stages or more, and this run has "
                 f"{self.workers}; None takes 0.1.",
                 stacklevel=3,
             )
@@ -231,8 +231,8 @@ def _refuse_scripted(network: nn.Module) -> None:
     names = scripted(network)
     if names:
         raise StageSelectionError(
-            f"{names[0] or 'the network'!r} is TorchScript: its compiled forward goes on with memory that a worker "
-            "gives away. Build the network without torch.jit, and script it after the training."
+            f"{names[0] or 'the network'!r} is TorchScript: its compiled forward would keep using memory that a worker "
+            "frees. Build the network without torch.jit, and script it after the training."
         )
 
 
@@ -251,7 +251,7 @@ def _refuse_tied(module: nn.Module, network: nn.Module) -> None:
 def _check_number(positions: tuple[int, ...], config: StageConfig, workers: int) -> tuple[int, ...]:
     if len(positions) != workers - 1:
         raise StageSelectionError(
-            f"cuts={config.cuts!r} cuts the network into {len(positions) + 1} stages, and there are {workers} workers. "
+            f"cuts={config.cuts!r} cuts the network into {len(positions) + 1} stages, but there are {workers} workers. "
             f"Name {workers - 1} modules, use {len(positions) + 1} workers, or leave `cuts` out."
         )
     return positions

@@ -249,14 +249,14 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             )
         given = [value for value in options.values() if value is not None]
         if others or given:
-            raise PartialModelError("the network is cut with one input; call it with the image alone.")
+            raise PartialModelError("the network was cut for one input; call it with that tensor alone.")
         return self.stage_worker(x)
 
     def _refuse_part(self, part: nn.Module, _: Any) -> None:
         chain = self._layout.chain
         assert chain is not None
         raise PartialModelError(
-            f"worker {self._worker} was asked to compute a {type(part).__name__} that another worker's stage has. Call "
+            f"worker {self._worker} was asked to compute a {type(part).__name__} of another worker's stage. Call "
             f"{chain.name or 'the module'} as a whole in training, not its parts; or name with network= the part that "
             "is called."
         )

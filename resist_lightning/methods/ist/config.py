@@ -28,14 +28,14 @@ class NeuronConfig(GrowingConfig):
         momentum: as in the other methods, but always ``reset`` by default: a worker could keep only a small part.
         layers: layers whose neurons are dealt out: None (all hidden layers), a glob or several over the names of
             layers, or a predicate of (name, module).
-        min_share: least share of the neurons of each hidden layer that a worker holds, from 0 to 1. Above 1 / workers,
-            several workers hold a neuron, and their values are averaged at a sync. 0: one holder for each, as in
-            the paper. None, the default: one holder with two workers, half of the neurons with more, where the paper's
-            way loses much accuracy.
+        min_share: minimum share of the neurons of each hidden layer that a worker holds, from 0 to 1. Above
+            1 / workers, several workers hold a neuron, and its values are averaged at a sync. 0: one holder for each
+            neuron, as in the paper. None, the default: one holder with two workers; half of the neurons with more,
+            where a single holder loses much accuracy.
         finish_rounds: last rounds with all neurons on all workers, as in local SGD. Needs the number of local steps of
-            the run, so an end of the training by steps or epochs, and rounds of known lengths.
-        growth: shares of the neurons that each worker holds at least, each for an equal part of the rounds: ``(0.25,
-            0.5)`` is thin at first; None: ``min_share`` in all rounds. Needs the number of local steps of the run, as
+            the run: a training that ends by steps or epochs, and rounds of known lengths.
+        growth: minimum shares of the neurons that each worker holds, each for an equal part of the rounds: ``(0.25,
+            0.5)`` begins small; None: ``min_share`` in all rounds. Needs the number of local steps of the run, as
             ``finish_rounds`` does.
 
     The others are those of :class:`CommonConfig`.

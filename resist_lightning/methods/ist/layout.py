@@ -253,6 +253,6 @@ class NeuronLayout(Layout):
             if over_neurons and self.workers > 1 and min(self.schedule.counts(0)[size.layer]) < 2:
                 raise LayerSelectionError(
                     f"layer {layer.name!r} has {layer.width} neurons for {self.workers} workers, and {size.module} "
-                    "normalises over those of a worker: of one alone nothing is left. Use at most "
+                    "normalises over those of one worker, which turns a single one into zero. Use at most "
                     f"{layer.width // 2} workers, or leave the layer whole: choose others with `layers`."
                 )

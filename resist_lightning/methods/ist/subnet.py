@@ -156,7 +156,7 @@ def _as_traced(
         given = bound.arguments[argument]
         if isinstance(given, Tensor) or given != value:
             raise ValueError(
-                f"the forward of {name or 'the module'} is called with {argument}={given!r}, and where its neurons go "
-                f"was found with {argument}={value!r}, the default. Make what you train with the default, or split the "
-                "module."
+                f"the forward of {name or 'the module'} is called with {argument}={given!r}, but the paths of its "
+                f"neurons were traced with {argument}={value!r}, the default. Make the value that you train with the "
+                "default, or split the module."
             )

@@ -138,8 +138,8 @@ def compiled_as_a_whole(blocks: str, where: str) -> BlockSelectionError:
     """The error that blocks lie in code that is compiled as a whole."""
     return BlockSelectionError(
         f"{blocks} lies in {where}, which torch.compile has compiled as a whole: a new partition would compile it "
-        "again, and after eight of them it would run uncompiled. Compile what is partitioned one by one, in place, and "
-        "other parts as you like: `for block in blocks: block.compile()` (docs/precision-and-speed.md)."
+        "again, and after eight of them it would run uncompiled. Compile partitioned blocks one by one, in place: `for "
+        "block in blocks: block.compile()`, and other parts as you like (docs/precision-and-speed.md)."
     )
 
 
@@ -168,7 +168,7 @@ def input_of(block: str, argument: str, args: Sequence[Any], kwargs: Mapping[str
     what = str(given.dtype) if isinstance(given, Tensor) else f"a {type(given).__name__}"
     raise BlockSelectionError(
         f"block {block!r} is called with {what} as its first argument{f' ({argument})' if argument else ''}; a block "
-        "that is left out gives back its first argument, so that must be a floating tensor. Leave the block out of "
+        "that is left out returns its first argument, so that must be a floating-point tensor. Leave the block out of "
         "`blocks`, or give its forward the input first."
     )
 

@@ -49,8 +49,8 @@ class Config(GrowingConfig):
     """Settings of a run whose residual blocks are partitioned, or, with ``blocks=[]``, nothing (local SGD).
 
     Args:
-        min_blocks: least number of partitionable blocks per worker; None means 5, as in the paper, or half of them
-            where there are fewer than 10, or the least number that ``blocks_per_worker`` lists.
+        min_blocks: minimum number of partitionable blocks per worker; None: 5, as in the paper, or half of them where
+            there are fewer than 10, or the smallest number that ``blocks_per_worker`` lists.
         blocks_per_worker: blocks that each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in
             proportion to its speed in the first rounds), or a list with a count for each worker.
         blocks: residual blocks to partition: None (section 3 of a ResNet without its first block, as in the
@@ -58,10 +58,10 @@ class Config(GrowingConfig):
             over module names, a predicate of (name, module), or an empty list (none: local SGD).
         warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
         finish_rounds: last rounds with all blocks on all workers, scaled as at test time. Needs the number of local
-            steps of the run, so an end of the training by steps or epochs, and rounds of known lengths.
-        growth: shares of the blocks that each worker holds at least, each for an equal part of the rounds: ``(0.25,
-            0.5, 1)`` is thin at first, and whole at last; None: equal in all rounds. Branches are scaled by the first
-            share divided by the present one. Needs the number of local steps of the run, as ``finish_rounds`` does.
+            steps of the run: a training that ends by steps or epochs, and rounds of known lengths.
+        growth: minimum shares of the blocks that each worker holds, each for an equal part of the rounds: ``(0.25,
+            0.5, 1)`` begins small, and ends with all blocks; None: equal in all rounds. Branches are scaled by the
+            first share divided by the present one. Needs the number of local steps of the run, as ``finish_rounds``.
         test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
             probability that a block is held: mean blocks per worker / number of blocks.
         wire: format of trainable parameters at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6``,
@@ -75,10 +75,10 @@ class Config(GrowingConfig):
         outer_momentum: momentum of the outer optimizer, in [0, 1); None: 1 - ``outer_rate`` / number of workers, at
             most 0.9, so that a change that each round repeats counts as often as there are workers (0.65 for two).
         overlap: local steps that a sync may take: it begins that many before the end of its round, from copies of the
-            worker's tensors, and is applied at the end, so a slow link delays nobody. Workers train on meanwhile, and
-            blocks that move lose these steps. Below ``local_steps``; 0: the training waits for each sync;
-            ``auto``: it waits in the first three rounds (two more for each further fragment), and then takes as many as
-            a sync was measured to need.
+            worker's tensors, and is applied at the end, so a slow link delays nobody. Workers keep training meanwhile,
+            and blocks that move lose these steps. Below ``local_steps``; 0: the training waits for each sync;
+            ``auto``: it waits in the first three rounds (two more for each further fragment), and then uses as many
+            steps as a sync was measured to need.
         fragments: number of fragments of the network; each sync covers one of them, in turn, so each is averaged and
             drawn again every ``fragments * local_steps`` local steps. Sends as many bytes per local step as rounds that
             are ``fragments`` times as long, in syncs so short that a short ``overlap`` hides them. At most the number

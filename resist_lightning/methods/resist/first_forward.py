@@ -180,16 +180,16 @@ class _Look:
         if given[0]._version > 0:
             raise BlockSelectionError(
                 f"block {self._block.name!r} ({type(self._block.module).__name__}) writes into its input (x += ..., "
-                "inplace=True), and its residual branch is scaled by means of that input, as x + s (block(x) - x). "
-                "Write x = x + ... instead, leave the block out of `blocks`, or declare `residual_branch_end` in its "
-                "class (docs/adding-a-model.md)."
+                "inplace=True), but its residual branch is scaled with that input, as x + s (block(x) - x). Write x = "
+                "x + ... instead, leave the block out of `blocks`, or declare `residual_branch_end` in its class "
+                "(docs/adding-a-model.md)."
             )
         if not residual:
             raise BlockSelectionError(
                 f"block {self._block.name!r} ({type(self._block.module).__name__}) is not residual: with its weights "
-                "at zero it does not give back its input (nor an activation or a norm of it), so leaving it out is not "
-                "the identity. Leave it out of `blocks`; if it adds a residual all the same, declare "
-                "`residual_branch_end` in its class (docs/adding-a-model.md)."
+                "at zero it does not return its input (nor an activation or a norm of it), so leaving it out is not "
+                "the identity. Leave it out of `blocks`; if it does add a residual, declare `residual_branch_end` in "
+                "its class (docs/adding-a-model.md)."
             )
 
     def _arguments(
@@ -215,9 +215,9 @@ class _Look:
         value = self._tensor_in(output)
         if not isinstance(value, Tensor):
             raise BlockSelectionError(
-                f"block {name!r} returns a {type(output).__name__} with values that it computes itself, and a block "
-                "that is left out can only give back its input, and pass on other arguments. Return the tensor alone, "
-                "or leave the block out of `blocks`."
+                f"block {name!r} returns a {type(output).__name__} with values that it computes itself, but a block "
+                "that is left out can only return its input, and pass on other arguments. Return the tensor alone, or "
+                "leave the block out of `blocks`."
             )
         if value.shape != x.shape:
             raise BlockSelectionError(

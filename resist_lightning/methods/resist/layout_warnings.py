@@ -22,15 +22,15 @@ def warn_about_settings(layout: BlockLayout) -> None:
         else:
             why = (
                 "match `blocks` but stay shared: they seem to change the shape of their input, are single layers or "
-                "chains of layers, or are of a network that does not train."
+                "chains of layers, or belong to a network that does not train."
             )
         warnings.warn(f"{summary(unused)} {why}", stacklevel=4)
     still = untrained(layout.module, layout.blocks, layout.trained)
     if still:
         warnings.warn(
-            f"nothing trains now in the network of {summary([block.name for block in still])}, and `blocks` deals "
-            "them out all the same: what it computes depends on the worker. If it is a teacher or a moving "
-            "average, leave it out of `blocks`; if it will be trained later, ignore this.",
+            f"nothing trains now in the network of {summary([block.name for block in still])}, but `blocks` partitions "
+            "them: its outputs differ between workers. If it is a teacher or a moving average, leave it out of "
+            "`blocks`; if it will be trained later, ignore this.",
             stacklevel=4,
         )
     if layout.workers == 1:
@@ -49,8 +49,8 @@ def warn_about_settings(layout: BlockLayout) -> None:
         )
     if any(not held for held in layout.usual_partition().held):
         warnings.warn(
-            f"{layout.workers} workers for {len(layout.blocks)} blocks with min_blocks=0: some workers train "
-            "shared layers only in each round. Set min_blocks=1 or more, or start fewer workers.",
+            f"{layout.workers} workers for {len(layout.blocks)} blocks with min_blocks=0: in each round some workers "
+            "train only shared layers. Set min_blocks=1 or more, or start fewer workers.",
             stacklevel=4,
         )
 

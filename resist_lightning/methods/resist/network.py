@@ -68,8 +68,8 @@ def select_blocks(
         if names:
             raise BlockSelectionError(
                 f"block {block.name!r} is TorchScript (at {f'{block.name}.{names[0]}'.rstrip('.')!r}): its compiled "
-                "forward cannot be left out, and goes on with memory that was given away. Build the network without "
-                "torch.jit, and script it after the training; or leave the block out of `blocks`."
+                "forward cannot be left out, and would keep using memory that a worker frees. Build the network "
+                "without torch.jit, and script it after the training; or leave the block out of `blocks`."
             )
     return tuple(blocks)
 

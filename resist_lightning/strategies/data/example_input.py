@@ -91,7 +91,7 @@ def select_input(batch: Any, which: int | str | None) -> Tensor:
             raise ValueError(f"{has}; {name} is not one of them.") from None
     tensor = next(iter(named_tensors(part).values()), None)
     if tensor is None:
-        raise ValueError(f"{has}; there is no tensor in {name}. Name with input= the part that the network gets.")
+        raise ValueError(f"{has}; there is no tensor in {name}. Name with input= the part that the network takes.")
     return _checked(tensor, f"{has}; the first tensor in {name} is")
 
 
@@ -106,8 +106,8 @@ def _first_batch(loader: object) -> Any:
         return loader.collate_fn(_first_samples(loader))
     except LookupError as error:
         raise ValueError(
-            f"the training data have no samples 0, 1, ... ({type(error).__name__}: {error}), which would show what the "
-            f"network gets. {_OTHERWISE}"
+            f"the training data have no samples 0, 1, ... ({type(error).__name__}: {error}), which would show the "
+            f"network's input. {_OTHERWISE}"
         ) from error
 
 
@@ -130,8 +130,8 @@ def _first_items(source: object, number: int, kind: str) -> list[Any]:
     original: Any = source.unseeded if isinstance(source, SeededIterable) else source
     if iter(original) is original:  # an iterator, or a file: it cannot begin again
         raise ValueError(
-            f"the training {kind}, {type(original).__name__}, can be iterated only once, and the items that would show "
-            f"what the network gets would be lost to the training. {_OTHERWISE}"
+            f"the training {kind}, {type(original).__name__}, can be iterated only once: reading the network's input "
+            f"from it would take items from the training. {_OTHERWISE}"
         )
     items = list(islice(source, number))
     if not items:
@@ -152,7 +152,8 @@ def _checked(tensor: Tensor, found: str) -> Tensor:
     if tensor.dim() < dimensions or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(
             f"{found} {tensor.dtype} of shape {tuple(tensor.shape)}; the network's input must be a floating tensor "
-            "with a batch dimension, or token ids (batch, tokens). Name with input= the part of a batch that it is."
+            "with a batch dimension, or token ids (batch, tokens). Name with input= the part of a batch that the "
+            "network takes."
         )
     return tensor
 

@@ -47,8 +47,8 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
     check_count(members, processes)
     if options.devices_per_worker == 1 and (options.find_unused_parameters or options.across_hosts):
         rank_zero_warn(
-            "find_unused_parameters and across_hosts apply only to workers of several processes, and here every "
-            "process is a worker: they have no effect. Set devices_per_worker, or leave them out."
+            "find_unused_parameters and across_hosts have no effect: they apply only to workers of several processes, "
+            "and here every process is a worker. Set devices_per_worker, or leave them out."
         )
     if members > 1 and config.overlaps_syncs:
         given = f"overlap={config.in_words()['overlap']} with devices_per_worker={options.devices_per_worker!r}"
@@ -66,8 +66,8 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
     check_callbacks(trainer, config)
     if config.needs_total_steps and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
         raise ValueError(
-            "max_epochs=-1 without max_steps: the training has no last rounds, which the strategy is to treat apart "
-            "(finish_rounds, growth). Set max_steps or max_epochs, or leave those options out."
+            "max_epochs=-1 without max_steps: the training has no known end, which finish_rounds and growth need. Set "
+            "max_steps or max_epochs, or leave those options out."
         )
     check_shrinking(options)
     module = strategy.lightning_module
@@ -116,9 +116,9 @@ def _refuse_lost_search(trainer: pl.Trainer) -> None:
     for callback in callbacks:
         if isinstance(callback, LearningRateFinder) and callback._early_exit:
             raise ValueError(
-                "Tuner.lr_find would search in workers that this process starts, and its result would end with them. "
-                "Take a strategy that runs the script again (no _spawn, _fork or _notebook in its name), or give the "
-                "Trainer the callback LearningRateFinder."
+                "Tuner.lr_find would search in workers that this process starts, and its result would be lost with "
+                "them. Choose a strategy that runs the script again (no _spawn, _fork or _notebook in its name), or "
+                "give the Trainer the callback LearningRateFinder."
             )
 
 
@@ -138,14 +138,14 @@ def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
             )
         if isinstance(callback, ModelPruning):
             raise ValueError(
-                f"{type(callback).__name__} chooses by the weights that a worker has, and these differ between syncs: "
-                "each worker would prune different ones, and a mean over workers has fewer zeros. Prune the full model "
-                "after the training."
+                f"{type(callback).__name__} chooses by a worker's own weights, which differ between syncs: each worker "
+                "would prune different ones, and their mean would have fewer zeros. Prune the full model after the "
+                "training."
             )
         if isinstance(callback, LearningRateFinder) and config.first_ends:
             raise ValueError(
-                f"{type(callback).__name__} trains before the training, and full_model_on='first' would leave the full "
-                "model of that on worker 0 alone. Set full_model_on='all', or search in a run of its own."
+                f"{type(callback).__name__} runs a trial training first, after which full_model_on='first' would leave "
+                "the full model on worker 0 alone. Set full_model_on='all', or search in a separate run."
             )
         if isinstance(callback, Timer) or getattr(callback, "_train_time_interval", None) is not None:
             rank_zero_warn(

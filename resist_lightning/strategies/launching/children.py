@@ -85,7 +85,9 @@ class Children:
         if self._state() != "failed":
             child = failed[0]
             rank = self._first_rank + self._processes.index(child)
-            sys.stderr.write(f"rank {rank} (pid {child.pid}) {name_of_exit(child.returncode)}; all are ended.\n")
+            sys.stderr.write(
+                f"rank {rank} (pid {child.pid}) {name_of_exit(child.returncode)}; all workers are killed.\n"
+            )
             sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -130,10 +130,10 @@ def how_to_resume(trainer: pl.Trainer) -> str:
     """A sentence on how to resume: from the snapshots, or the newest checkpoint that the callbacks know."""
     strategy: Any = trainer.strategy
     if strategy.saver.collected:
-        return "Ray starts the workers again if FailureConfig(max_failures=...) allows it; see get_checkpoint()."
+        return "Ray restarts the workers if FailureConfig(max_failures=...) allows it; see get_checkpoint()."
     snapshots = strategy.resumer.snapshot_folder
     if snapshots is not None:
-        again = "torchrun resumes from there by itself if it may start the workers again; otherwise resume"
+        again = "torchrun resumes from there by itself if it may restart the workers; otherwise resume"
         return f"Snapshots are in {str(snapshots)!r}: {again} with Trainer.fit(..., ckpt_path={str(snapshots)!r})."
     # Callbacks name a checkpoint before it is written, and other callbacks may remove it.
     known = [strategy.saver.last_written]
@@ -143,8 +143,8 @@ def how_to_resume(trainer: pl.Trainer) -> str:
     if paths:
         return f"Resume with Trainer.fit(..., ckpt_path={max(paths, key=os.path.getmtime)!r})."
     return (
-        "No checkpoint of this run is known, so it begins anew; ModelCheckpoint(every_n_train_steps=..., "
-        "save_last=True) leaves some to resume from."
+        "No checkpoint of this run is known, so it must start over; ModelCheckpoint(every_n_train_steps=..., "
+        "save_last=True) writes some to resume from."
     )
 
 

@@ -92,8 +92,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
     def _refuse_to_fit_again(self, trainer: pl.Trainer) -> None:
         if self._already_fit and trainer.state.fn == TrainerFn.FITTING:
             raise NotImplementedError(
-                f"this Trainer has fitted already, in workers that are gone (start_method={self._start_method!r}), and "
-                "does not know their place in the training. Make a new Trainer; fit(ckpt_path=...) resumes."
+                f"this Trainer has fitted already, in workers that have ended (start_method={self._start_method!r}), "
+                "so it cannot continue their training. Make a new Trainer; fit(ckpt_path=...) resumes."
             )
 
     @contextmanager
@@ -140,8 +140,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         except ProcessExitedException as error:  # one that raised has another exception, with its traceback
             raise WorkerLost(
                 f"{process_name(error.error_index, members)} (host {socket.gethostname()}, pid {error.error_pid}) "
-                f"{name_of_exit(error.exit_code)}. What it was last doing, and how to resume, stands in the other "
-                "workers' errors above."
+                f"{name_of_exit(error.exit_code)}. The other workers' errors above say what it was last doing, and how "
+                "to resume."
             ) from error
 
     def _end(self, workers: Sequence[BaseProcess], error: BaseException) -> None:

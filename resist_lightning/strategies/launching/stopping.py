@@ -88,7 +88,7 @@ class Forwarder:
                 late.append(f"{process_name(rank, self._members)} (pid {worker.pid})")
         sys.stderr.write(
             f"{', '.join(late)}: still running {self._limit:g} s (timeout=) after "
-            f"{signal.Signals(self._received).name}: ended without a checkpoint.\n"
+            f"{signal.Signals(self._received).name}: terminated without a checkpoint.\n"
         )
         raise _exception_of(self._received)
 

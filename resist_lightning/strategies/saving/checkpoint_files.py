@@ -63,7 +63,7 @@ def agree_on_path(path: _PATH, collective: Collective) -> str:
     if len(different) > 1:
         rank_zero_warn(
             f"the workers name this checkpoint differently ({', '.join(different)}): all files go to worker 0's, "
-            f"{theirs[0]}. Name it alike, e.g. by a metric that is logged with sync_dist=True."
+            f"{theirs[0]}. Use the same name on all workers, e.g. with a metric that is logged with sync_dist=True."
         )
     return theirs[0]
 
@@ -92,7 +92,7 @@ def save_together(
     new = _New()
     if own is not None and local is None:
         rank_zero_warn(
-            f"{path} is no local path: the checkpoint carries the full model only, not what each worker has."
+            f"{path} is not a local path: the checkpoint has only the full model, not each worker's own state."
         )
     elif own is not None and local is not None:
         # First, so that the model's file never names files that are not there.
@@ -143,7 +143,7 @@ def _pickled_network(checkpoint: Mapping[str, Any]) -> str:
     values = checkpoint.get("hyper_parameters", {}).items()
     names = [name for name, value in values if isinstance(value, nn.Module)]
     if not names:
-        return "Something in the checkpoint beside its state_dict (the state of a callback?) has the network in it."
+        return "Something in the checkpoint beside its state_dict (the state of a callback?) contains the network."
     return (
         f"The hyperparameters {', '.join(names)} are modules, and would be pickled with the network. Leave them out: "
         f"self.save_hyperparameters(ignore={names}); the weights are in the state_dict."
@@ -265,8 +265,8 @@ def _share(number: int, failure: Exception | None, path: str, new: _New, collect
     reasons = "; ".join(f"{process_name(rank, collective.members)}: {texts[rank]}" for rank in failed)
     if _OTHER not in kinds:
         raise CheckpointNotWritten(
-            f"{path} could not be written ({reasons}). What stood there before is unchanged. Make room, or choose "
-            "another folder; with on_save_error='warn' the training continues without it."
+            f"{path} could not be written ({reasons}). A file that was there before is unchanged. Free disk space, or "
+            "choose another folder; with on_save_error='warn' the training continues without it."
         ) from failure
     if failure is not None:
         raise failure  # with its own traceback, where it happened

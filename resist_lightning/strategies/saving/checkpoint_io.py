@@ -193,8 +193,8 @@ def _check_content(checkpoint: Any, path: _PATH) -> None:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         what = "a bare state_dict" if _is_state_dict(checkpoint) else f"a {type(checkpoint).__name__}"
         raise CheckpointError(
-            f"{path} holds {what} and no checkpoint of Lightning. Load weights by `module.load_state_dict(torch.load("
-            f"path))` before `fit`; `ckpt_path` needs a file that the Trainer has written."
+            f"{path} holds {what}, not a Lightning checkpoint. Load weights by "
+            "`module.load_state_dict(torch.load(path))` before `fit`; `ckpt_path` needs a file that the Trainer wrote."
         )
     version = checkpoint.get(CHECKPOINT_KEY, {}).get("version", 0)
     if version > STATE_VERSION:

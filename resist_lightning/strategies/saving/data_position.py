@@ -243,9 +243,9 @@ class Position:
         persistent = any(getattr(each, "persistent_workers", False) for each in loader.flattened)
         if persistent and self._epochs_processed():
             rank_zero_warn(
-                "the training loader has persistent_workers=True, whose processes carried random numbers on from epoch "
-                "to epoch and are gone: random augmentation continues with other ones, all else exactly. Leave "
-                "persistent_workers out for runs that must resume exactly in mid-epoch."
+                "the training loader has persistent_workers=True, whose processes kept their random state from epoch "
+                "to epoch and are gone: random augmentation continues with other numbers, all else resumes exactly. "
+                "Leave persistent_workers out for runs that must resume exactly in mid-epoch."
             )
         loader.reset()  # persistent processes would keep the random state that they were started with
         for each in loader.flattened:
@@ -266,7 +266,7 @@ class Position:
     def _fetch_again(self, fetcher: Any, batches: int) -> None:
         if batches:
             rank_zero_info(
-                f"Fetching the {batches} batches of this epoch that have been trained, to resume after them."
+                f"Fetching the {batches} batches of this epoch that were already trained on, to resume after them."
             )
         iter(fetcher)
         self._watch_loaders()
@@ -279,7 +279,7 @@ class Position:
                 next(fetcher)
             except StopIteration:
                 raise RuntimeError(
-                    f"the training loader gave {batch} batches, and the checkpoint was written after {batches} of this "
+                    f"the training loader gave {batch} batches, but the checkpoint was written after {batches} of this "
                     "epoch. Resume with the loader that the checkpoint was written with, or from the end of an epoch."
                 ) from None
             drew = not before.equal(self.random_state()["torch"])
@@ -287,9 +287,9 @@ class Position:
         beside_training = any(draws_beside_training(loader) for loader in fetcher.combined_loader.flattened)
         if draws and beside_training:
             rank_zero_warn(
-                "the iterable data set draws from torch's global generator in the process that trains, where dropout "
-                "draws in between. If a draw for one batch reaches into later ones (a shuffle buffer), the run gets "
-                "other batches than the unbroken one, all else exactly. Give the data set a generator of its own, "
+                "the iterable data set draws from torch's global generator in the training process, where dropout "
+                "draws in between. If a draw for one batch affects later ones (a shuffle buffer), the resumed run gets "
+                "other batches than an uninterrupted one; all else is exact. Give the data set a generator of its own, "
                 "or the loader processes or a state_dict."
             )
 

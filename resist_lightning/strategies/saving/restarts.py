@@ -33,8 +33,8 @@ def check_shrinking(options: StrategyOptions) -> None:
         return
     if not started_by_torchrun():
         rank_zero_warn(
-            "on_worker_loss='shrink' needs `torchrun --nnodes=MIN:MAX` to start the workers again; started in "
-            "another way, the loss of a worker ends the run."
+            "on_worker_loss='shrink' needs `torchrun --nnodes=MIN:MAX` to restart the workers; with another launcher, "
+            "the loss of a worker ends the run."
         )
     elif shares_store():
         raise ValueError(
@@ -74,7 +74,7 @@ class Restarts:
         second_round = max(row[2] for row in rows) > 1
         if every_worker_has_own or second_round:
             return True
-        rank_zero_info("Started again by torchrun, before all workers had written a snapshot: the run begins anew.")
+        rank_zero_info("Restarted by torchrun before all workers had written a snapshot: the run starts over.")
         self.end()
         return False
 
@@ -104,7 +104,7 @@ class Restarts:
         round, newest = max(common), max(snapshot.round for snapshot in snapshots)
         if round < newest:
             rank_zero_warn(
-                f"the snapshot of round {newest} in {self.folder.path} is not whole; resuming from round {round}."
+                f"the snapshot of round {newest} in {self.folder.path} is incomplete; resuming from round {round}."
             )
         # There may be several of a round, of different numbers of workers.
         self.chosen = next(s for s in snapshots if s.round == round and needed(s, worker, workers))
@@ -133,7 +133,7 @@ class Restarts:
         if missing:
             raise CheckpointError(
                 f"the snapshot of round {self.chosen.round} in {self.folder.path} lacks the files of worker(s) "
-                f"{missing}, whose part is in no other. Keep snapshots in a folder that all workers can read."
+                f"{missing}, whose part is in no other file. Keep snapshots in a folder that all workers can read."
             )
         for worker in range(self.chosen.workers):
             yield read_file(self.chosen.files[worker], mapped=True)
@@ -150,8 +150,8 @@ class Restarts:
         # Resuming or not is the same on all workers, so this message pairs.
         if self.chosen is None and any(self._gather(len(self.folder.newest_first()))):
             raise ValueError(
-                f"snapshots={path!r} has snapshots of a run that did not come to its end. To resume it: "
-                f"Trainer.fit(..., ckpt_path={path!r}). To begin anew: remove the folder, or name another one."
+                f"snapshots={path!r} has snapshots of a run that did not finish. To resume it: Trainer.fit(..., "
+                f"ckpt_path={path!r}). To start over: remove the folder, or choose another one."
             )
         agents = self._gather(agent(groups_joined()))
         failure = self._take_over({number for number in agents if number})
@@ -211,10 +211,10 @@ class Restarts:
         workers = self._collective.workers
         if self.chosen.workers != workers and self._options.on_worker_loss == "stop":
             raise ValueError(
-                f"{self.chosen.workers} workers wrote the snapshots in {self.folder.path}, and torchrun has started "
-                f"{workers}. on_worker_loss='shrink' continues with those that are there."
+                f"{self.chosen.workers} workers wrote the snapshots in {self.folder.path}, but torchrun has started "
+                f"{workers}. on_worker_loss='shrink' resumes with that number."
             )
-        rank_zero_info(f"Started again by torchrun: resuming from {self.describe()}.")
+        rank_zero_info(f"Restarted by torchrun: resuming from {self.describe()}.")
 
     def _take_over(self, agents: set[int]) -> OSError | None:
         """Claim the folder for this run; returns the error of a disk that refuses."""
@@ -234,7 +234,8 @@ class Restarts:
         """Raise, or warn that the training continues without this snapshot; earlier ones stay."""
         if self._options.on_save_error == "raise":
             raise CheckpointNotWritten(
-                f"{text} Make room, or name another folder; with on_save_error='warn' the training continues without."
+                f"{text} Free disk space, or choose another folder; with on_save_error='warn' the training continues "
+                "without it."
             ) from failure
         # By any worker, so not rank_zero_warn.
         warnings.warn(f"{text} The training continues without it.", stacklevel=2)

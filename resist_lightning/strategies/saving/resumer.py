@@ -205,16 +205,16 @@ def report_resume(name: str, source: str, engine: Engine, *, same: bool, exact: 
         values = f" ({'; '.join(changed)})" if changed else ""
         rank_zero_info(
             f"{name}: {source} was written with other workers or settings{values}. The {workers} worker(s) here resume "
-            f"from its full model, with a new partition, in {where}; optimizer state begins anew."
+            f"from its full model, with a new partition, in {where}; optimizer state is reset."
         )
     elif not files:
         rank_zero_info(
-            f"{name}: {source} gives the full model alone, as after a training, after an evaluation, or on another "
-            f"file system. The training resumes from it in {where}."
+            f"{name}: {source} has only the full model, as after a training, after an evaluation, or on another file "
+            f"system. The training resumes from it in {where}."
         )
     else:
         rank_zero_warn(
-            f"{name}: the workers' own files beside {source} are not all there. The training resumes from the full "
-            f"model in {where}; optimizer state, random numbers and the position in the data begin anew. Keep the "
-            "folder `.workers` with its checkpoint to resume exactly."
+            f"{name}: some of the workers' own files beside {source} are missing. The training resumes from the full "
+            f"model in {where}; optimizer state, random numbers and the position in the data are reset. Keep a "
+            "checkpoint's `.workers` folder beside it to resume exactly."
         )

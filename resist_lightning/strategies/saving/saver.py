@@ -173,7 +173,7 @@ class Saver:
     def remove(self, filepath: _PATH, plugin: CheckpointIO, rank: int, members: int) -> None:
         """Remove this process's files of a checkpoint, if the one that replaces it exists."""
         if self._failed:
-            rank_zero_warn(f"{filepath} is kept: the checkpoint that should take its place could not be written.")
+            rank_zero_warn(f"{filepath} is kept: the checkpoint that should replace it could not be written.")
             return
         if rank == 0:
             plugin.remove_checkpoint(filepath)

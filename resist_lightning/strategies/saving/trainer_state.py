@@ -79,8 +79,8 @@ class TrainerState:
             scheduler = self._trainer.lr_scheduler_configs[place].scheduler
             if metric is None:
                 rank_zero_warn(
-                    f"the checkpoint was written before the metric of {type(scheduler).__name__} was known, and the "
-                    "step that it decides is passed over: the learning rate may differ from the unbroken run's."
+                    f"the checkpoint was written before the metric of {type(scheduler).__name__} was known, so this "
+                    "step of the scheduler is skipped: the learning rate may differ from the uninterrupted run's."
                 )
             else:
                 self._trainer.lightning_module.lr_scheduler_step(scheduler, metric)

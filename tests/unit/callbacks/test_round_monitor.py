@@ -22,7 +22,7 @@ def test_it_logs_at_least_once_in_a_number_of_rounds(every_n_rounds: int) -> Non
 
 
 def test_pictures_are_not_below_none() -> None:
-    with pytest.raises(ValueError, match="picture_every_n_rounds=-1 must not be below 0"):
+    with pytest.raises(ValueError, match="picture_every_n_rounds=-1 must be at least 0"):
         RoundMonitor(picture_every_n_rounds=-1)
 
 

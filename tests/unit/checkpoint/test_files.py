@@ -143,8 +143,8 @@ def test_objects_are_not_loaded(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "it is empty"),
-        (b"not a checkpoint", "no checkpoint of torch"),
-        (b"PK\x03\x04half", "cut off after 8 bytes"),
+        (b"not a checkpoint", "not a torch checkpoint"),
+        (b"PK\x03\x04half", "truncated at 8 bytes"),
     ],
 )
 def test_files_of_other_kinds_are_explained(content: bytes, message: str, tmp_path: Path) -> None:

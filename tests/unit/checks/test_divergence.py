@@ -127,7 +127,7 @@ def test_unequal_tensors_are_named_on_all_workers_by_a_second_question():
     results, room = run_threads(judged, 3, nothing, "raise", tensors_of)
     assert results == [results[0]] * 3
     assert results[0][0] is WorkersDisagree
-    assert "the sync into round 3 left tensors unequal" in results[0][1]
+    assert "after the sync into round 3, tensors that must be equal on all workers differ" in results[0][1]
     assert ": b (worker 1 differs from the others). " in results[0][1]
     assert [verb for worker, verb, _ in room.log if worker == 0] == ["gather_bytes", *["gather_numbers"] * 2]
 

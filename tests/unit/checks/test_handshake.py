@@ -107,7 +107,7 @@ def meet_in_a_round(collective, rule, rates):
 def test_rounds_that_a_rising_rate_made_too_long_are_told_once(rule, rates, times, recwarn):
     run_threads(meet_in_a_round, 2, rule, rates)
     assert len(recwarn.list) == times
-    assert all("made round 0 100 local steps long" in str(warning.message) for warning in recwarn.list)
+    assert all("gave round 0 100 local steps" in str(warning.message) for warning in recwarn.list)
 
 
 def test_a_host_has_nothing_to_say_by_default():

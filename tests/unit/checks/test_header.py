@@ -45,7 +45,11 @@ def test_equal_headers_pass():
         ("step", 9, "step: worker 0 10, worker 1 10, worker 2 9"),
         ("stop", 1, "stop: worker 0 0, worker 1 0, worker 2 1"),
         ("layout", 78, "layout: worker 0 77, worker 1 77, worker 2 78"),
-        ("round_steps", 72, "round_steps: worker 0 50, worker 1 50, worker 2 72; rounds are as long as `local_steps`"),
+        (
+            "round_steps",
+            72,
+            "round_steps: worker 0 50, worker 1 50, worker 2 72; `local_steps` derives the length of a round",
+        ),
     ],
 )
 def test_any_field_that_differs_is_named_with_the_value_of_every_worker(field, value, said):

@@ -24,5 +24,5 @@ def test_alone_a_worker_hears_itself_and_sends_nothing():
     "start", [lambda c, flat: c.start_send(flat, 1, 0, "boundary"), lambda c, flat: c.start_receive(flat, 1, 0)]
 )
 def test_alone_a_worker_has_nobody_to_send_to(start):
-    with pytest.raises(ValueError, match="worker 1 does not exist: this one is alone"):
+    with pytest.raises(ValueError, match="worker 1 does not exist: this run has one worker"):
         start(SoloCollective(), torch.zeros(1))

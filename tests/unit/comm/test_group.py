@@ -48,7 +48,7 @@ def test_workers_that_do_not_find_one_another_are_told_what_to_look_at(monkeypat
     monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
-    said = f"rank 1 of 2 could not join the others by '{backend}' at 127.0.0.1:{port}: .*MASTER_PORT.*{variable}=INT"
+    said = f"rank 1 of 2 could not join the others over '{backend}' at 127.0.0.1:{port}: .*MASTER_PORT.*{variable}=INT"
     with pytest.raises(RuntimeError, match=said) as raised:
         join_group(backend, address="127.0.0.1", port=port, worker=1, workers=2, timeout=timedelta(seconds=0.1))
     assert raised.value.__cause__ is not None

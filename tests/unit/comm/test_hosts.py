@@ -35,10 +35,12 @@ def test_an_address_that_only_its_host_reaches_is_refused_between_hosts_and_fine
     own = place("b", address)
     assert judge([own, own]) == ""
     said = judge([A, own, own])
-    assert said.startswith(f"b (rank 1) would be reached at {address} (its name resolves to it), where only the host")
-    assert said.endswith("On every host set GLOO_SOCKET_IFNAME=INTERFACE, the one that the other hosts reach; b has "
-                         "eth0 (10.0.0.2).")  # fmt: skip
-    assert "So it is on 1 more." in judge([own, place("c", address)])
+    assert said.startswith(
+        f"b (rank 1) would be reached at {address} (its name resolves to it), an address that only the host"
+    )
+    remedy = "On every host set GLOO_SOCKET_IFNAME=INTERFACE, the interface that the other hosts reach; b has eth0"
+    assert said.endswith(f"{remedy} (10.0.0.2).")
+    assert "The same is true of 1 more." in judge([own, place("c", address)])
 
 
 def test_hosts_that_both_take_the_address_of_a_bridge_of_their_own_are_refused() -> None:
@@ -58,7 +60,7 @@ def test_nccl_has_no_address_that_could_be_judged() -> None:
 def test_a_problem_of_one_process_is_told_to_all_first() -> None:
     wrong = Place("b", "b", problem="GLOO_SOCKET_IFNAME=eth7 names 'eth7'")
     said = judge([place("a", "127.0.0.1"), wrong, wrong])
-    assert said.startswith("rank 1: GLOO_SOCKET_IFNAME=eth7 names 'eth7'. So it is on 1 more. Correct it there")
+    assert said.startswith("rank 1: GLOO_SOCKET_IFNAME=eth7 names 'eth7'. The same is true of 1 more. Correct it there")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def another(net: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (new_weight, r"parameter head\.weight is another object .*assign=True.*Write into the parameter"),
+        (new_weight, r"parameter head\.weight is not the object .*assign=True.*Write into the existing parameter"),
         (lambda net: delattr(net, "head"), r"parameter head\.weight is gone from the module"),
         (another, r"parameter late\.weight was added after the training began.*__init__"),
         (longer, r"buffer mean was \(3,\) torch\.float32 .* is \(4,\) torch\.float32 now.*persistent=False"),
@@ -138,7 +138,7 @@ def test_parameters_that_are_assigned_as_a_whole_are_refused():
     net = Net()
     engine = Engine(net, [], CONFIGS["local_sgd"])
     assign_all(net)
-    with pytest.raises(RuntimeError, match=r"parameter stem\.weight is another object"):
+    with pytest.raises(RuntimeError, match=r"parameter stem\.weight is not the object"):
         engine.start()
 
 
@@ -152,7 +152,7 @@ def test_caches_masks_and_other_names_are_left_alone():
     known.keep()
     assert net.cache.tolist() == [1.0] * 5
     prune.random_unstructured(net.head, "weight", 0.5)
-    with pytest.warns(UserWarning, match=r"head\.weight_mask was added .* each worker has its own"):
+    with pytest.warns(UserWarning, match=r"head\.weight_mask was added .* differs between workers"):
         known.keep()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

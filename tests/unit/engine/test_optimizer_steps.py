@@ -50,7 +50,7 @@ def test_a_loop_without_after_step_is_told_and_ends_in_no_model():
         warnings.simplefilter("error")  # only one warning
         for _ in range(4):
             step(engine, optimizer)
-    with pytest.raises(RuntimeError, match=r"took 8 step\(s\), and no local step was counted"):
+    with pytest.raises(RuntimeError, match=r"took 8 step\(s\), but no local step was counted"):
         engine.finish()
     with pytest.raises(RuntimeError, match="never averaged"), engine.full_model():
         pass
@@ -62,7 +62,7 @@ def test_the_full_model_may_be_seen_before_the_first_step_is_counted_and_no_trai
     step(engine, optimizer)
     with engine.full_model():
         pass
-    with pytest.raises(RuntimeError, match=r"took 1 step\(s\), and no local step was counted"):
+    with pytest.raises(RuntimeError, match=r"took 1 step\(s\), but no local step was counted"):
         engine.finish()
     engine.abandon()
 
@@ -115,7 +115,7 @@ def test_batches_that_change_parameters_without_an_optimizer_are_refused():
     watch.check_batch(accumulated=4)
     write(module)
     with pytest.raises(
-        RuntimeError, match=r"12 batches changed parameters, and no optimizer of `configure_optimizers`"
+        RuntimeError, match=r"12 batches changed parameters, but no optimizer of `configure_optimizers`"
     ):
         watch.check_batch(accumulated=4)
     watch.note_local_step()
@@ -141,7 +141,7 @@ def test_a_parameter_that_was_replaced_is_no_longer_the_engine_s():
 
     torch.optim.SGD([old], lr=0.1).step()
 
-    with pytest.raises(RuntimeError, match="is not known"):
+    with pytest.raises(RuntimeError, match="is not registered"):
         torch.optim.SGD([engine.module.weight], lr=0.1).step()
     engine.abandon()
 

@@ -10,7 +10,7 @@ from resist_lightning.faults.messages import Heartbeat, Process, Report, Verdict
 SILENCE = 30.0
 # Workers 0 and 1 are the monitors; worker 2 has worker 1 for a neighbour.
 PROCESSES = [Process(worker, host, host, 100 + worker) for worker, host in enumerate(("alpha", "beta", "beta"))]
-SILENT_0 = "worker 0 (host alpha, pid 100) has not been heard of for {} s: it is frozen, or its host cannot be reached."
+SILENT_0 = "worker 0 (host alpha, pid 100) has sent no heartbeat for {} s: it is frozen, or its host cannot be reached."
 
 
 def detector_of(worker: int = 0, processes: list[Process] = PROCESSES) -> FailureDetector:
@@ -41,7 +41,7 @@ def test_nobody_is_lost_while_all_post_heartbeats(worker: int) -> None:
 def test_only_monitors_read_heartbeats_and_others_those_of_neighbours_that_are_gone() -> None:
     assert [detector_of(worker).wanted() for worker in range(3)] == [[1, 2], [0, 2], []]
     last = detector_of(2)
-    last.judge(1, {1: "ended without a word"})
+    last.judge(1, {1: "ended without reporting an error"})
     assert last.wanted() == [1]
 
 
@@ -50,7 +50,7 @@ def test_silence_counts_up_to_the_last_reading_and_names_the_worker() -> None:
     beats(detector, 10, doing="averaging, round 2, local step 50")
     beats(detector, 31, start=10, silent=(1,))
     assert detector.judge(40, {}) == Verdict(
-        "worker 1 (host beta, pid 101) has not been heard of for 31 s: it is frozen, or its host cannot be reached. "
+        "worker 1 (host beta, pid 101) has sent no heartbeat for 31 s: it is frozen, or its host cannot be reached. "
         "Worker 1 was last doing: averaging, round 2, local step 50.",
         worker=1,
         silent=True,
@@ -113,7 +113,7 @@ def test_a_monitor_that_has_ended_in_good_order_is_not_missed() -> None:
 def test_a_worker_that_never_posted_a_heartbeat_is_lost_too() -> None:
     detector = detector_of()
     beats(detector, 40, silent=(2,))
-    text = "worker 2 (host beta, pid 102) has not been heard of since the start, 39 s ago."
+    text = "worker 2 (host beta, pid 102) has sent no heartbeat since the start, 39 s ago."
     assert detector.judge(40, {}) == Verdict(text, worker=2, silent=True)
 
 
@@ -173,8 +173,8 @@ def test_the_cause_comes_before_its_consequences() -> None:
 def test_what_one_worker_sees_on_its_host_reaches_the_others_while_it_still_runs() -> None:
     monitor = detector_of()
     beats(monitor, 1)
-    monitor.hear({2: Heartbeat(5, text="worker 1 ended without a word.", lost=1)}, 1)
-    assert monitor.judge(1, {}) == Verdict("worker 1 ended without a word.", worker=1)
+    monitor.hear({2: Heartbeat(5, text="worker 1 ended without reporting an error.", lost=1)}, 1)
+    assert monitor.judge(1, {}) == Verdict("worker 1 ended without reporting an error.", worker=1)
 
 
 def test_a_monitor_reports_its_own_failure() -> None:
@@ -190,12 +190,12 @@ def test_a_process_that_is_gone_counts_after_a_second_look_unless_it_had_finishe
     here = [replace(process, home="one host") for process in PROCESSES]
     detector = detector_of(worker, here)
     beats(detector, 1)
-    gone = {1: "was ended by signal 9 (SIGKILL)"}
+    gone = {1: "was killed by signal 9 (SIGKILL)"}
     assert detector.judge(1.0, gone) is None
     beats(detector, 1, start=1)
     verdict = detector.judge(2.5, gone)
     assert verdict is not None
-    assert verdict.text.startswith("worker 1 (host beta, pid 101) was ended by signal 9 (SIGKILL). Worker 1 was last")
+    assert verdict.text.startswith("worker 1 (host beta, pid 101) was killed by signal 9 (SIGKILL). Worker 1 was last")
     detector.hear({1: Heartbeat(9, end="done")}, 2.6)
     assert detector.judge(3, gone) is None
 
@@ -203,7 +203,7 @@ def test_a_process_that_is_gone_counts_after_a_second_look_unless_it_had_finishe
 def test_a_worker_that_is_gone_is_named_rather_than_the_process_that_started_this_one() -> None:
     detector = detector_of(worker=1)
     beats(detector, 1)
-    gone = {2: "ended without a word"}
+    gone = {2: "ended without reporting an error"}
     assert detector.judge(1, gone, "the parent has ended") is None
     assert (detector.judge(2.5, gone, "the parent has ended") or Verdict("")).worker == 2
     assert detector_of().judge(1, {}, "the parent has ended") is None
@@ -221,12 +221,16 @@ def test_a_worker_that_lives_but_does_not_come_is_named_with_what_it_does(worker
     detector = detector_of(worker)
     detector.hear({}, 1, {0: monitor.report(1, None)})
     assert detector.suspect("Timed out waiting 600000ms for recv", 600).text == (
-        "worker 1 (host beta, pid 101) is alive, but has not come to the handshake for 600 s: it is still in "
+        "worker 1 (host beta, pid 101) is alive, but has not reached the handshake for 600 s: it is still in "
         "local steps, round 2, since 62 s."
     )
     broken = detector.suspect("Connection closed by peer.\nIn a second line", 600).text
     assert broken.startswith("a connection between the workers broke or timed out (Connection closed by peer), and no ")
-    for named in ("worker 2 (host beta, pid 102): handshake", "worker 1 (host beta, pid 101): local steps", "all of"):
+    for named in (
+        "worker 2 (host beta, pid 102): handshake",
+        "worker 1 (host beta, pid 101): local steps",
+        "all workers",
+    ):
         assert named in broken
 
 

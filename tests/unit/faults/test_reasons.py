@@ -27,6 +27,6 @@ def test_a_timeout_is_told_from_a_connection_that_was_closed() -> None:
 
 
 def test_exits_have_names() -> None:
-    assert name_of_exit(-11) == "was ended by signal 11 (SIGSEGV)"
-    assert name_of_exit(3) == "ended with exit code 3 without a word"
-    assert name_of_exit(-999) == "was ended by signal 999"
+    assert name_of_exit(-11) == "was killed by signal 11 (SIGSEGV)"
+    assert name_of_exit(3) == "ended with exit code 3 without reporting an error"
+    assert name_of_exit(-999) == "was killed by signal 999"

@@ -95,7 +95,7 @@ def test_who_has_not_come_is_said(
     watch = watch_of(server, worker=0, workers=30)
     with watch:
         time.sleep(0.6)
-    text = f"Of 30 ranks these have not come to the store at 127.0.0.1:{server.port}: 1, 2, 3"
+    text = f"Of 30 ranks these have not reached the store at 127.0.0.1:{server.port}: 1, 2, 3"
     assert watch.missing().startswith(text)
     assert " 16 and 13 more. They were not started" in watch.missing()
     assert capfd.readouterr().err.count(text) == 1

@@ -162,12 +162,14 @@ def test_rounds_of_one_step_have_none_beside_which_a_sync_could_run():
 
 @pytest.mark.parametrize("other", [{"min_blocks": 2}, {"test_scale": 0.5}, {"blocks_per_worker": [2, 3]}])
 def test_growth_stands_for_other_settings(other):
-    with pytest.raises(ValueError, match=r"growth=\[0\.5, 1\] says what .* would say too; leave one of them out"):
+    with pytest.raises(ValueError, match=r"growth=\[0\.5, 1\] and .* set the same thing; leave one of them out"):
         Config(growth=[0.5, 1], **other)
 
 
 def test_the_last_rounds_are_not_known_where_they_follow_the_rate():
-    with pytest.raises(ValueError, match=r"finish_rounds=2 with local_steps=QSR.* Give a number or PostLocal"):
+    with pytest.raises(
+        ValueError, match=r"finish_rounds=2 with local_steps=QSR.* Set local_steps to a number or PostLocal"
+    ):
         Config(local_steps=QSR(4, 0.1), finish_rounds=2)
     with pytest.raises(ValueError, match=r"growth=\(0\.5, 1\) with local_steps=QSR"):
         Config(local_steps=QSR(4, 0.1), growth=(0.5, 1))

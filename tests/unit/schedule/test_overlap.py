@@ -81,7 +81,7 @@ def test_two_syncs_of_each_fragment_are_measured_and_the_longest_fragment_counts
 @pytest.mark.parametrize(
     ("overlaps", "rows", "words"),
     [
-        (Overlaps(0, 9, 2), ROWS, "overlap=8 is chosen, .* It needs 18, so take longer rounds, or fewer bits"),
+        (Overlaps(0, 9, 2), ROWS, "overlap=8 is chosen, .* The sync needs 18, so choose longer rounds, or fewer bits"),
         (Overlaps(0, 19, 2), ROWS, r"overlap=18 is chosen, .* 0\.2 s\.$"),
         (AUTO, {**ROWS, 2: ([0.5, 0.5], [0.02, 0.02])}, "overlap=0 is chosen: .* less than 1% of a round"),
     ],

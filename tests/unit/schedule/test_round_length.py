@@ -86,7 +86,7 @@ def test_a_round_that_is_cut_short_counts_the_steps_that_were_taken():
         (lambda: PostLocal(0, 4, 1), "PostLocal: first=0"),
         (lambda: PostLocal(1, None, 1), "PostLocal: then=None"),
         (lambda: PostLocal(1, 4, 0.5), r"PostLocal: switch_step=0\.5 must be a whole number of at least 0"),
-        (lambda: Clock.by(QSR(2, 0.1), lambda: None), "follows the learning rate, and no optimizer has one"),
+        (lambda: Clock.by(QSR(2, 0.1), lambda: None), "follows the learning rate, but no optimizer has one"),
     ],
 )
 def test_a_bad_value_is_named_with_its_limit(make, message):
@@ -111,9 +111,9 @@ def test_rules_in_words(rule, words, shortest):
 @pytest.mark.parametrize(
     ("rule", "steps", "said"),
     [
-        (QSR(4, 0.1, 100), 100, "warmup_steps last as long as this training of 100 local steps, so all rounds have 4"),
+        (QSR(4, 0.1, 100), 100, "warmup_steps cover all 100 local steps of this training, so all rounds have 4"),
         (QSR(4, 0.1, 100), 101, ""),
-        (PostLocal(1, 16, 100), 100, "switch_step lies behind the end of this training of 100 local steps"),
+        (PostLocal(1, 16, 100), 100, "switch_step lies after the end of this training of 100 local steps"),
         (PostLocal(1, 16, 99), 100, ""),
         (PostLocal(3, 3, 500), 100, ""),
     ],

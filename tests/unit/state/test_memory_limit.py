@@ -22,8 +22,8 @@ LIMIT = Limit(300_000_000, "a test")
 def test_it_says_how_much_is_missing_and_the_way_out() -> None:
     assert shortage(Needed(100_000_000, 100_000_000, 100_000_000), LIMIT, "Take more.") == ""
     assert shortage(Needed(100_000_000, 100_000_000, 250_000_000), LIMIT, "Take more.") == (
-        "this worker cannot train: beside activations it needs at least 450.0 MB (weights 100.0 MB, gradients 100.0 "
-        "MB, optimizer state 250.0 MB), and may have 300.0 MB (a test), 150.0 MB too little. Take more."
+        "this worker cannot train: without activations it needs at least 450.0 MB (weights 100.0 MB, gradients 100.0 "
+        "MB, optimizer state 250.0 MB), but its limit is 300.0 MB (a test), 150.0 MB too little. Take more."
     )
 
 

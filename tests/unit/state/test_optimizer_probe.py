@@ -103,7 +103,7 @@ def test_an_optimizer_that_cannot_be_tried_is_named_and_can_be_reset():
     optimizer = NeedsGraph(module.parameters(), lr=0.1)
     states = OptimizerStates([optimizer])
     optimizer.state[of_block(module)[0]]["hessian"] = torch.ones(3)
-    with pytest.warns(UserWarning, match=r"what NeedsGraph keeps is not known.*trial step.*RuntimeError"):
+    with pytest.warns(UserWarning, match=r"the state of NeedsGraph is not known.*trial step.*RuntimeError"):
         states.warn_about_settings("reset", "3 local steps")
     with pytest.raises(ValueError, match=r"'travel' cannot move the state of NeedsGraph.*'keep' or 'reset'"):
         states.check_travel()
@@ -113,8 +113,13 @@ def test_an_optimizer_that_cannot_be_tried_is_named_and_can_be_reset():
 
 @pytest.mark.parametrize(
     ("momentum", "said"),
-    [("reset", "Own estimates d from the gradients, and momentum='reset' begins anew in every round of 3 local steps")]
-    + [(m, f"Own estimates d.*momentum='{m}' lets every worker go by its own") for m in ("keep", "travel")],
+    [
+        (
+            "reset",
+            "Own estimates d from the gradients, but momentum='reset' restarts them in every round of 3 local steps",
+        )
+    ]
+    + [(m, f"Own estimates d.*momentum='{m}' keeps each worker's own") for m in ("keep", "travel")],
 )
 def test_estimates_in_parameter_groups_are_named(momentum, said):
     with pytest.warns(UserWarning, match=said):
@@ -138,7 +143,7 @@ class Talking(torch.optim.SGD):
 
 
 def try_talking(worker):
-    with pytest.raises(ValueError, match=r"Talking talks to other workers in its step"):
+    with pytest.raises(ValueError, match=r"Talking communicates with other workers in its step"):
         OptimizerStates([Talking([nn.Parameter(torch.ones(2))], lr=0.1)])
     return True
 

@@ -79,7 +79,7 @@ def test_numbers_travel_as_tensors_and_come_back_as_numbers():
         tensor.copy_(arrived)
     states.take_numbers()
     assert optimizer.state[block[0]]["step"] == 7
-    with pytest.raises(ValueError, match=r"'keep' begins with zeros.*'z' of Own is a copy of the weights.*'reset'"):
+    with pytest.raises(ValueError, match=r"'keep' gives zeros.*'z' of Own is a copy of the weights.*'reset'"):
         states.check_travel("keep", "'reset'", cut=True)
 
 

@@ -90,7 +90,7 @@ def test_local_sgd_has_no_options_of_the_partition(option: str) -> None:
     ("face", "option", "reason"),
     [
         (AuxNetStrategy, "evaluate_on", "AuxNetStrategy has no option 'evaluate_on': .*CheckpointEvaluator"),
-        (AuxNetStrategy, "full_model_on", "has no option 'full_model_on': its workers put the whole network together"),
+        (AuxNetStrategy, "full_model_on", "has no option 'full_model_on': it assembles the whole network"),
         (AuxNetStrategy, "overlap", "has no option 'overlap': nothing is averaged"),
         (ISTStrategy, "overlap", "ISTStrategy has no option 'overlap': a slice that moves"),
     ],

@@ -58,5 +58,5 @@ def test_a_name_has_the_defaults_of_its_class(trainer_with: Callable[..., L.Trai
 @pytest.mark.parametrize("name", ["resist", "ist_spawn", "auxnet", "local_sgd_notebook"])
 def test_fabric_is_told_of_the_engine(name: str) -> None:
     """Up to version 0.1 Fabric's error said that the name is invalid."""
-    with pytest.raises(ValueError, match=r"works with Trainer only.*engine\.after_step\(\).*docs/tools\.md#fabric"):
+    with pytest.raises(ValueError, match=r"works only with Trainer.*engine\.after_step\(\).*docs/tools\.md#fabric"):
         L.Fabric(strategy=name, accelerator="cpu", devices=2)

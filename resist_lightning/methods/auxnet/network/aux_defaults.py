@@ -78,9 +78,9 @@ def _why_none(given: NetworkInput, boundary: Sequence[int]) -> str:
     if given.dtype.is_floating_point:
         known = "there are some for images (channels, height, width), sequences (tokens, width) and vectors"
     elif given.vocabulary is None:
-        known = "of integers, it must be known how many there are, and no embedding of the network was given them"
+        known = "for integers, the size of the vocabulary must be known, and no embedding of the network receives them"
     else:
-        known = "of token ids (tokens,), there is one for sequences (tokens, width) and vectors"
+        known = "for token ids (tokens,), there is one to sequences (tokens, width) and to vectors"
     return f"{what}: {known}. {_WAY_OUT}"
 
 

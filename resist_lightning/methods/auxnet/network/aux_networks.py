@@ -83,8 +83,8 @@ def _check_shape(body: nn.Module, given: NetworkInput, asked: tuple[int, ...]) -
     body.train(training)
     if tuple(made.shape) != (2, *asked):
         raise StageSelectionError(
-            f"`aux_network` makes {tuple(made.shape[1:])} of {given.shape}, and the boundary needs {asked}. "
-            "Make it of the second argument's shape."
+            f"`aux_network` makes {tuple(made.shape[1:])} of {given.shape}, but the boundary needs {asked}. Its output "
+            "must have the second argument's shape."
         )
 
 

@@ -138,8 +138,8 @@ def find_chain(module: nn.Module, network: str | None = None) -> Chain:
         # The user may mean another network than the one with all blocks, but must name it.
         if network is None and missed:
             raise StageSelectionError(
-                f"the forward of {describe(name)} does not call the residual blocks {missed}. If they are of another "
-                "network, name the one that is cut into stages by network=."
+                f"the forward of {describe(name)} does not call the residual blocks {missed}. If they belong to "
+                "another network, name the one to cut into stages by network=."
             )
         cuts = Cuts(root, tracer, entry, exit, network_blocks(root))
         pieces = cuts.units()

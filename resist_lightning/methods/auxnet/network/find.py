@@ -33,7 +33,7 @@ def find_network(module: nn.Module) -> str:
     if not has_forward(module.get_submodule(name)):
         networks = ", ".join(f"network={path!r}" for path in _networks(module, name))
         raise StageSelectionError(
-            f"{describe(name)} has no forward of its own. Say which network in it is cut into stages: "
+            f"{describe(name)} has no forward of its own. Name the network in it to cut into stages: "
             f"{networks or 'there is none'}."
         )
     return name

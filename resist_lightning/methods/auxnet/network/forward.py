@@ -84,10 +84,10 @@ def _trace(network: nn.Module, name: str) -> ChainTracer:
                 path = path.rpartition(".")[0]
             if blocks or not path:
                 raise StageSelectionError(
-                    f"the forward of {error.where} cannot be traced, so it cannot be cut into stages. torch.fx says"
-                    f"{error.said}. The way out: put branches and loops that depend on a value or a shape into "
-                    "submodules without residual blocks, or into the blocks: those are not looked into. Of a model of "
-                    "transformers, call the parts one after another in a module of your own (docs/auxnet.md)."
+                    f"the forward of {error.where} cannot be traced, so it cannot be cut into stages. torch.fx "
+                    f"says{error.said}. The way out: put branches and loops that depend on a value or a shape into "
+                    "submodules without residual blocks, or into the blocks: those are not traced. For a model of "
+                    "transformers, call its parts one after another in a module of your own (docs/auxnet.md)."
                 ) from error
             opaque.add(network.get_submodule(path))
             # The next try must begin with the same random state.
@@ -123,8 +123,8 @@ def _input(network: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
     if len(wanted) != 1 or _is_variadic(wanted[0]):
         names = ", ".join(str(node.target) for node in wanted)
         raise StageSelectionError(
-            f"{describe(name)} takes {names or 'nothing'}, and stages pass one tensor on. Make it a module "
-            "that takes one tensor, or name a part of it that does by network=."
+            f"{describe(name)} takes {names or 'nothing'}, but stages pass on a single tensor. Make it a module that "
+            "takes one tensor, or name a part of it that does by network=."
         )
     found: fx.Node = wanted[0]
     return found
@@ -156,8 +156,8 @@ def _output(graph: fx.Graph, name: str) -> fx.Node:
         what = "its input, or a parameter"
     if what is not None:
         raise StageSelectionError(
-            f"{describe(name)} returns {what}, and stages pass one tensor on. Return one tensor from it, or name a "
-            "part of it that does by network=."
+            f"{describe(name)} returns {what}, but stages pass on a single tensor. Return one tensor from it, or name "
+            "a part of it that does by network=."
         )
     assert isinstance(returned, fx.Node)
     return returned
@@ -177,13 +177,13 @@ def _refuse_state(network: nn.Module, tracer: ChainTracer, name: str, changed: l
     elif tracer.unlike:
         where = user_line(tracer.unlike[0])
         problem = (
-            f"computes under no_grad, autocast or the like{where}, and stages would not; do that inside a block, or "
+            f"computes under no_grad, autocast or the like{where}, but stages would not; do that inside a block, or "
             "freeze by requires_grad_(False)"
         )
     elif changed:
-        problem = f"changes the attribute {changed[0]!r}, and a graph does not; do that inside a block"
+        problem = f"changes the attribute {changed[0]!r}, which a traced graph does not; do that inside a block"
     elif drew:
-        problem = "draws a random number that a graph would take for a constant; do that inside a block"
+        problem = "draws a random number that tracing would make a constant; do that inside a block"
     if problem is not None:
         raise StageSelectionError(f"{describe(name)} cannot be cut into stages: its forward {problem}.")
 

@@ -79,9 +79,9 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measur
                     output, forward_time, backward_time = _run(stage, x.requires_grad_(number > 0))
                 except (ValueError, TypeError, RuntimeError, IndexError) as error:
                     raise StageSelectionError(
-                        f"{describe(chain.name)} fails in the unit that ends with {chain.units[number]!r}, on an "
-                        f"example of what it is given, {tuple(example.shape)}: {error}. Name with `input` which part "
-                        "of a batch it is given."
+                        f"{describe(chain.name)} fails in the unit that ends with {chain.units[number]!r}, for a "
+                        f"network input of shape {tuple(example.shape)}: {error}. Name with `input` the part of a "
+                        "batch that the network takes."
                     ) from error
                 _check(chain, number, output, [example, *outputs])
                 x = output.detach()
@@ -191,11 +191,11 @@ def _check(chain: Chain, number: int, output: object, before: list[Tensor]) -> N
         problem = f"a tensor of shape {tuple(output.shape)}, whose first dimension is not the batch of {batch}"
     elif len(before) > 1 and output.dtype != dtype:
         # All messages between stages have one data type.
-        problem = f"a tensor of {output.dtype}, and the unit before it one of {dtype}"
+        problem = f"a tensor of {output.dtype}, but the unit before it one of {dtype}"
     else:
         return
     raise StageSelectionError(
-        f"{describe(chain.name)} cannot be cut into stages: the unit that ends with {chain.units[number]!r} gives "
+        f"{describe(chain.name)} cannot be cut into stages: the unit that ends with {chain.units[number]!r} returns "
         f"{problem}."
     )
 

@@ -22,7 +22,7 @@ _LISTED = 8
 
 WAYS_OUT = (
     "Every worker must train on the same batch. Leave the order of the samples to Lightning (shuffle=True in the "
-    "DataLoader, use_distributed_sampler=True in the Trainer), or give all workers the same order (no part of the "
+    "DataLoader, use_distributed_sampler=True in the Trainer), or give all workers the same order (no shard of the "
     "data per rank, and no generator that is seeded by the rank). Draw random numbers from the global generators of "
     "torch, NumPy or Python inside the data set or the collate function, where they are the same on all workers; not "
     "from a generator of its own, and not in training_step or a batch-transfer hook."

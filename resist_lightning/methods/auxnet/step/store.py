@@ -58,9 +58,10 @@ class SeenSamples:
         self._misses = 0 if self._names.intersection(x.names) else self._misses + 1
         if self._misses > epoch_batches:
             raise ValueError(
-                f"guesses are kept by sample, and of {self._misses} batches, more than all the data have, no sample "
-                "was ever seen before: they are augmented anew. Take random transforms out of the collate function and "
-                "the training_step (those of the data set are frozen), or use method='penalty' or 'al-net'."
+                f"guesses are stored by sample, but no sample of {self._misses} batches, more than an epoch has, was "
+                "seen before: augmentation changes the samples each time. Take random transforms out of the collate "
+                "function and the training_step (those of the data set are frozen), or use method='penalty' or "
+                "'al-net'."
             )
         return not self._names.issuperset(x.names)
 

@@ -244,13 +244,13 @@ class StageWorker:
         """Called when the backward pass reaches the network's output."""
         if batch is not self._batch:
             raise RuntimeError(
-                "the network was called again before the backward pass of the call before. Call it once per "
-                "training_step: workers that train stages at the same time exchange what belongs to one batch."
+                "the network was called again before the backward pass of the previous call. Call it once per "
+                "training_step: the messages of the stages belong to one batch."
             )
         if batch.trained:
             raise RuntimeError(
-                "a second backward pass came through one output of the network, and what the stages exchange belongs "
-                "to one. Add the losses up, and call backward once."
+                "a second backward pass reached the same output of the network, but the messages of the stages belong "
+                "to one pass. Add the losses up, and call backward once."
             )
         batch.trained = True
         self.spans.begin("backward")
@@ -287,13 +287,13 @@ class StageWorker:
         given, expected = tuple(x.shape[1:]), self._shapes.input.shape
         if given != expected:
             raise ValueError(
-                f"the network is given {given} and was cut with inputs of {expected}: what crosses a boundary would "
-                "have another shape. Bring inputs to one size, and name with `input` the part of a batch that it gets."
+                f"the network is given {given} but was cut for inputs of {expected}: tensors at the boundaries would "
+                "have another shape. Bring inputs to one size, and name with `input` the part of a batch that it takes."
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                "what the network is given requires a gradient, so something before it is trained, and the gradient of "
-                "a guess would not reach it. Make it a part of the network, or detach what the network is given."
+                "the network's input requires a gradient, so something before the network is trained, and the gradient "
+                "of a guess would not reach it. Make it a part of the network, or detach the input."
             )
         if self._checks:
             self._checks -= 1

@@ -49,8 +49,8 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
     if not layers:
         raise LayerSelectionError(
             "nothing to deal out: there is no Linear or Conv whose neurons reach another one in the same forward. "
-            f"Seen: {_seen(module)}. A LightningModule without a forward of its own is looked at child "
-            "by child; what torch.compile has made is not looked into."
+            f"Seen: {_seen(module)}. A LightningModule without a forward of its own is searched child by child; "
+            "modules made by torch.compile are not searched."
         )
     accessed: dict[int, str] = {}
     for flow in flows:
@@ -100,9 +100,9 @@ def _refuse_twins(traces: Iterable[Traced]) -> None:
         first, second = seen.setdefault(tuple(shapes), traced.prefix), traced.prefix
         if first != second:
             raise LayerSelectionError(
-                f"the networks {first[:-1]!r} and {second[:-1]!r} have the same tensors. If weights are copied from "
-                "one to the other (a target network, a moving average), they cannot both be dealt out: their neurons "
-                f"go to different workers. Say which are by `layers`: {[f'{first}*']}, or "
+                f"the networks {first[:-1]!r} and {second[:-1]!r} have tensors of the same names and shapes. If "
+                "weights are copied from one to the other (a target network, a moving average), they cannot both be "
+                f"dealt out: their neurons go to different workers. Name the layers to deal out: {[f'{first}*']}, or "
                 f"{[f'{first}*', f'{second}*']} if nothing is copied."
             )
 
@@ -168,7 +168,7 @@ def _add_problems_of_tensors(module: nn.Module, layers: Iterable[Layer], accesse
             if len(aliases) > 1:
                 layer.problems.append(f"divide a tensor that has several names: {', '.join(aliases)} (tied weights)")
             if tensor in accessed:
-                layer.problems.append(f"divide {name!r}, which a forward reads itself{accessed[tensor]}")
+                layer.problems.append(f"divide {name!r}, which a forward reads directly{accessed[tensor]}")
 
 
 def _refuse(chosen: Sequence[Layer], layers: Sequence[Layer]) -> None:

@@ -91,7 +91,7 @@ class Flow:
         for node in traced.stored:
             owner = _owner(self._values[node])
             if owner is not None:
-                self._refuse(owner.layer, "are left in an attribute of a module, where any loss may read them", node)
+                self._refuse(owner.layer, "are stored in an attribute of a module, where any loss may read them", node)
 
     def _follow(self, node: fx.Node) -> Value:
         """The value of a node; where neurons cannot be followed, their layers get a problem, and it is None."""
@@ -113,7 +113,7 @@ class Flow:
         if read is not None:
             return read
         if any(isinstance(value, Shape | Width) and value.of is not None for value in values):
-            raise NotPerNeuron("are counted (size, shape), and there are fewer in a subnet")
+            raise NotPerNeuron("are counted (size, shape), but a subnet has fewer")
         divided = [value for value in values if isinstance(value, Divided)]
         if node.op == "call_module":
             return self._module(node, divided[0] if divided else None)

@@ -139,7 +139,7 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
     home = getattr(node.target, "__module__", None) or "torch"
     package = home.partition(".")[0]
     if node.op == "call_function" and package not in _KNOWN_PACKAGES:
-        raise NotPerNeuron(f"reach {name}(), a function of {home} that is not looked into")
+        raise NotPerNeuron(f"reach {name}(), a function of {home}, which is not traced")
     # A tensor may be combined with itself, as in `x * sigmoid(x)`: the same neurons meet.
     others = [other for other in others if other != value]
     only_numbers = all(isinstance(other, Number) for other in others)
@@ -161,7 +161,7 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
     return special[name](node, value)
 
 
-_HEADS = "heads of attention stay whole: the neurons of a head live and die together, in query, key and value at once"
+_HEADS = "heads of attention stay whole: the neurons of a head must stay together, in query, key and value at once"
 _HINTS = {
     "getitem": " (indexing)",
     "squeeze": " (flatten(1) is)",

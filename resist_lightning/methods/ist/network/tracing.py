@@ -108,10 +108,10 @@ def _trace(root: nn.Module, prefix: str) -> Traced:
         graph = follow(Tracer(), root, prefix)
     except CannotTrace as error:
         raise LayerSelectionError(
-            f"the forward of {error.where} cannot be traced, so its hidden neurons cannot be found. torch.fx says"
-            f"{error.said}. The way out: put the layers whose neurons are to be dealt out into a module whose forward "
-            "has no branch or loop that depends on a value or a shape, and call what remains around it from the steps "
-            "of a LightningModule without a forward of its own."
+            f"the forward of {error.where} cannot be traced, so its hidden neurons cannot be found. torch.fx "
+            f"says{error.said}. The way out: put the layers whose neurons are to be dealt out into a module whose "
+            "forward has no branch or loop that depends on a value or a shape, and call that module from the steps of "
+            "a LightningModule without a forward of its own."
         ) from error
     attributes = {}
     for node in graph.nodes:

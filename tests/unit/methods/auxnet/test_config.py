@@ -54,12 +54,13 @@ def test_corrections_do_not_keep_multipliers_from_their_updates() -> None:
         ({"delay": -1}, "delay=-1 must be a whole number of at least 0.*0 back-propagation"),
         (
             {"method": "penalty", "delay": 2},
-            "method='penalty' delays nothing, so delay=2 would do nothing. Leave it out, or take method='delayed'",
+            "method='penalty' delays nothing, so delay=2 would have no effect. Leave it out, or choose "
+            "method='delayed'",
         ),
         # As in a program for an earlier version, whose default used guesses.
         (
             {"beta": 2.0, "serial_every": 4, "aux_width": 8},
-            "'delayed', the default, guesses nothing, so beta=2.0, serial_every=4, aux_width=8 would do nothing"
+            "'delayed', the default, guesses nothing, so beta=2.0, serial_every=4, aux_width=8 would have no effect"
             ".*method='penalty' is the paper's",
         ),
         ({"cuts": "layer2"}, "cuts='layer2' must be a list of names"),

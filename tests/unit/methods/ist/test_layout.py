@@ -197,7 +197,7 @@ def test_growth_and_finish_need_the_end_of_the_run_and_the_share_once():
     net = make_net(Run(NeuronConfig(), 0))
     with pytest.raises(ValueError, match=r"finish_rounds=1 needs the number of local steps"):
         Engine(net, [torch.optim.SGD(net.parameters(), 0.1)], NeuronConfig(finish_rounds=1))
-    with pytest.raises(ValueError, match=r"growth=\[0.5, 1\] says what min_share=0.3 would say too"):
+    with pytest.raises(ValueError, match=r"growth=\[0.5, 1\] and min_share=0.3 set the same thing"):
         NeuronConfig(growth=[0.5, 1], min_share=0.3)
 
 

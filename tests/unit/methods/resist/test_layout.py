@@ -190,7 +190,7 @@ def test_the_description_says_what_was_chosen():
     ("config", "workers", "message"),
     [
         (Config(blocks="section3.1"), 2, r"nothing is partitioned: the default min_blocks=1 gives every worker all 1 "),
-        (Config(min_blocks=0), 5, r"5 workers for 4 blocks with min_blocks=0: some workers train shared layers only"),
+        (Config(min_blocks=0), 5, r"5 workers for 4 blocks with min_blocks=0: in each round some workers train only"),
         (Config(min_blocks=1, blocks="section[23].*"), 2, r"section2\.0, section3\.0 match `blocks` but stay shared"),
     ],
 )

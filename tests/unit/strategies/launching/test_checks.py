@@ -81,7 +81,7 @@ BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Excepti
     "no blocks": ({}, without_blocks, BlockSelectionError, r"that keeps the shape .*was recognised.*'ist' deals"),
     "tied weights": ({"blocks": "section3.*"}, tied, BlockSelectionError, r"tied weights\).* register the module once"),
     "no end": (
-        {"finish_rounds": 2}, Classifier, ValueError, r"max_epochs=-1 without max_steps.*\(finish_rounds, growth\)",
+        {"finish_rounds": 2}, Classifier, ValueError, r"max_epochs=-1 without max_steps.*finish_rounds and growth",
     ),
     "overlap of workers of two processes": (
         {"overlap": 1, "devices_per_worker": 2}, Classifier, ValueError,
@@ -303,9 +303,9 @@ def test_a_run_has_as_many_steps_as_its_shortest_worker(estimates: list[float], 
     ("rule", "steps", "message"),
     [
         (QSR(4, 0.1), 200, "200 local steps, and a round has 10000 by local_steps=QSR.*by the warmup_steps of QSR"),
-        (QSR(4, 0.1, warmup_steps=200), 200, "warmup_steps last as long as this training of 200 local steps"),
+        (QSR(4, 0.1, warmup_steps=200), 200, "warmup_steps cover all 200 local steps"),
         (PostLocal(300, 5, 400), 200, r"200 local steps, and a round has 300 by local_steps=PostLocal\(first=300"),
-        (PostLocal(5, 300, 200), 200, "switch_step lies behind the end of this training of 200 local steps"),
+        (PostLocal(5, 300, 200), 200, "switch_step lies after the end of this training of 200 local steps"),
         (PostLocal(5, 300, 100), 200, None),
         (QSR(4, 0.01), 200, None),
     ],
@@ -319,5 +319,5 @@ def test_rounds_of_changing_length_are_judged_by_the_first(rule: Any, steps: int
 @pytest.mark.parametrize("start_method", ["spawn", "fork"])
 def test_a_search_whose_result_would_be_lost_is_refused(start_method: Any, trainer_with: MakeTrainer) -> None:
     trainer = trainer_with(LocalSGDStrategy(start_method=start_method))
-    with pytest.raises(ValueError, match=r"would end with them\. Take a strategy that runs the script again"):
+    with pytest.raises(ValueError, match=r"would be lost with them\. Choose a strategy that runs the script again"):
         Tuner(trainer).lr_find(Classifier("preact"), stream(0, 8), num_training=4)

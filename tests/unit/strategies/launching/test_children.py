@@ -31,5 +31,5 @@ def test_a_child_that_dies_while_the_workers_start_is_named_and_all_are_ended(
 
     assert sound.wait(10) == -signal.SIGKILL
     assert killed == [signal.SIGKILL]
-    said = f"rank 6 (pid {doomed.pid}) was ended by signal 9 (SIGKILL); all are ended.\n"
+    said = f"rank 6 (pid {doomed.pid}) was killed by signal 9 (SIGKILL); all workers are killed.\n"
     assert capfd.readouterr().err == said

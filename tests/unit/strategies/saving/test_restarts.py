@@ -44,7 +44,7 @@ def test_the_newest_round_that_all_can_read_is_chosen(tmp_path: Path) -> None:
     def choose(collective: Any) -> Any:
         return Restarts(tmp_path, StrategyOptions(), collective).choose()
 
-    with pytest.warns(UserWarning, match="round 3 .* is not whole; resuming from round 2"):
+    with pytest.warns(UserWarning, match="round 3 .* is incomplete; resuming from round 2"):
         assert run_threads(choose, 2)[0] == [{"from": [0, 2]}, {"from": [1, 2]}]
 
 
@@ -62,7 +62,7 @@ def test_snapshots_of_another_run_are_left_alone(tmp_path: Path) -> None:
     written(tmp_path, [[1], [1]])
 
     def begin(collective: Any) -> None:
-        with pytest.raises(ValueError, match="a run that did not come to its end"):
+        with pytest.raises(ValueError, match="a run that did not finish"):
             Restarts(tmp_path, StrategyOptions(), collective).begin()
 
     run_threads(begin, 2)

@@ -81,9 +81,9 @@ def test_every_pair_of_shapes_gives_the_boundary_once_for_each_head(
         (NetworkInput((3, 4, 8, 8), torch.float32), (5, 4), r"makes \(5, 4\) of \(3, 4, 8, 8\) \(torch\.float32\)"),
         (IMAGE, (2, 3, 4, 4), "images .*, sequences .* and vectors"),
         (SERIES, (2, 3, 4), "images .*, sequences .* and vectors"),
-        (IDS, (2, 3, 4), "of token ids"),
-        (NetworkInput((6,), torch.int64), (6, 4), "no embedding of the network was given them"),
-        (NetworkInput((3, 8, 8), torch.uint8), (6, 4), "no embedding of the network was given them"),
+        (IDS, (2, 3, 4), "for token ids"),
+        (NetworkInput((6,), torch.int64), (6, 4), "no embedding of the network receives them"),
+        (NetworkInput((3, 8, 8), torch.uint8), (6, 4), "no embedding of the network receives them"),
     ],
 )
 def test_other_shapes_are_refused_with_the_way_out(given: NetworkInput, boundary: tuple[int, ...], said: str) -> None:

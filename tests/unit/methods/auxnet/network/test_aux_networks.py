@@ -27,5 +27,5 @@ def test_a_users_network_is_tried_with_ids_where_the_network_is_given_ids() -> N
 
 def test_a_users_network_of_another_shape_is_refused_with_both_shapes() -> None:
     config = StageConfig(method="al-net", aux_network=lambda *shapes: nn.Embedding(3, 4))
-    with pytest.raises(StageSelectionError, match=r"makes \(5, 4\) of \(5,\), and the boundary needs \(10, 4\)"):
+    with pytest.raises(StageSelectionError, match=r"makes \(5, 4\) of \(5,\), but the boundary needs \(10, 4\)"):
         make_aux_network(config, IDS, (5, 4), nonnegative=False, boundary=1)

@@ -46,8 +46,10 @@ def test_several_inputs_are_refused():
         def forward(self):
             return in_turn(self, self.mean)
 
-    assert "the module itself takes x, y, and stages pass one tensor on" in refusal(Two())
-    assert "the network 'net' takes *images, and stages pass one tensor on" in refusal(nn.ModuleDict({"net": Any()}))
+    assert "the module itself takes x, y, but stages pass on a single tensor" in refusal(Two())
+    assert "the network 'net' takes *images, but stages pass on a single tensor" in refusal(
+        nn.ModuleDict({"net": Any()})
+    )
     assert "takes nothing" in refusal(Nothing())
     assert "name a part of it that does by network=" in refusal(Two())
 
@@ -64,7 +66,7 @@ def test_several_inputs_are_refused():
 )
 def test_what_is_not_one_tensor_is_refused_as_output(returned, named):
     message = refusal(Blocks(returned), "")
-    assert f"the module itself returns {named}, and stages pass one tensor on. Return one tensor" in message
+    assert f"the module itself returns {named}, but stages pass on a single tensor. Return one tensor" in message
 
 
 def test_an_output_that_the_network_does_not_compute_is_refused():
@@ -74,7 +76,7 @@ def test_an_output_that_the_network_does_not_compute_is_refused():
 
     assert "returns its input, or a parameter" in refusal(Blocks(forward))
     named_tuple = on_meta(lambda: googlenet(init_weights=False))
-    assert "returns a GoogLeNetOutputs, and stages pass one tensor on" in refusal(named_tuple)
+    assert "returns a GoogLeNetOutputs, but stages pass on a single tensor" in refusal(named_tuple)
 
 
 def test_without_a_cut_point_it_is_said_what_crosses():
@@ -117,7 +119,7 @@ def test_a_single_block_or_layer_has_no_cut_point():
 
 def test_nothing_to_train_is_refused():
     assert "nothing to cut into stages: the module has no parameters" in refusal(nn.Sequential(nn.ReLU()))
-    assert "Say which network in it is cut into stages: there is none." in refusal(
+    assert "Name the network in it to cut into stages: there is none." in refusal(
         nn.ParameterDict({"a": nn.Parameter(torch.ones(2))})
     )
 

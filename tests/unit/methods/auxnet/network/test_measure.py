@@ -132,10 +132,10 @@ class Half(MlpBlock):
 @pytest.mark.parametrize(
     ("block", "problem"),
     [
-        (Pair, r"ends with 'net\.b' gives a tuple, not a tensor"),
-        (Turned, r"ends with 'net\.b' gives a tensor of shape \(6, 5\), whose first dimension is not the batch of 5"),
-        (Whole, r"ends with 'net\.b' gives a tensor of torch\.int64, not of floats"),
-        (Half, r"ends with 'net\.b' gives a tensor of torch\.float16, and the unit before it one of torch\.float32"),
+        (Pair, r"ends with 'net\.b' returns a tuple, not a tensor"),
+        (Turned, r"ends with 'net\.b' returns a tensor of shape \(6, 5\), whose first dimension is not the batch of 5"),
+        (Whole, r"ends with 'net\.b' returns a tensor of torch\.int64, not of floats"),
+        (Half, r"ends with 'net\.b' returns a tensor of torch\.float16, but the unit before it one of torch\.float32"),
     ],
 )
 def test_what_cannot_cross_a_boundary_is_refused(block, problem):

@@ -104,12 +104,12 @@ def test_the_way_out_names_the_layers_that_can_be_dealt_out():
 
 def test_a_parameter_that_a_forward_reads_is_refused():
     penalty = Net(lambda net, x: net.c(net.a(x)) + net.a.weight.square().sum())
-    assert "divide 'a.weight', which a forward reads itself" in refusal(penalty)
+    assert "divide 'a.weight', which a forward reads directly" in refusal(penalty)
     assert Path(__file__).name in refusal(penalty)
     statistic = Net(lambda net, x: net.c(net.norm(net.a(x))) * net.norm.running_var.mean(), norm=nn.BatchNorm1d(6))
-    assert "divide 'norm.running_var', which a forward reads itself" in refusal(statistic)
+    assert "divide 'norm.running_var', which a forward reads directly" in refusal(statistic)
     columns = Net(lambda net, x: net.c(net.a(x)) + net.c.weight.sum())
-    assert "divide 'c.weight', which a forward reads itself" in refusal(columns)
+    assert "divide 'c.weight', which a forward reads directly" in refusal(columns)
 
 
 def test_to_read_the_type_of_a_parameter_is_allowed():
@@ -255,7 +255,7 @@ def test_many_refusals_are_counted():
 def test_networks_with_the_same_tensors_are_refused_unless_layers_are_named():
     """A target network silently got weights of other neurons than its own."""
     both = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)) for name in ("net", "target")})
-    assert "the networks 'net' and 'target' have the same tensors" in refusal(both)
+    assert "the networks 'net' and 'target' have tensors of the same names and shapes" in refusal(both)
     assert [layer.name for layer in find_neurons(both, ["net.*"]).layers] == ["net.0"]
     assert [layer.name for layer in find_neurons(both, ["net.*", "target.*"]).layers] == ["net.0", "target.0"]
 
@@ -284,7 +284,7 @@ def store_in_list(net, x):
 @pytest.mark.parametrize("forward", [store, store_in_list])
 def test_neurons_that_are_left_in_an_attribute_are_refused(forward):
     """A training_step that read the attribute silently computed its loss on a part of the features."""
-    assert "are left in an attribute of a module" in refusal(Net(forward))
+    assert "are stored in an attribute of a module" in refusal(Net(forward))
 
 
 def test_one_neuron_alone_is_not_normalised_away():

@@ -75,7 +75,7 @@ def test_a_module_must_be_called_in_training_as_it_was_when_its_neurons_were_fol
     subnet.hold(0)
     net(torch.ones(2, 6))
     net(torch.ones(2, 6), return_features=False)
-    with pytest.raises(ValueError, match=r"called with return_features=True, .* found with return_features=False"):
+    with pytest.raises(ValueError, match=r"called with return_features=True, .* traced with return_features=False"):
         net(torch.ones(2, 6), return_features=True)
     for name in subnet.tensors:
         subnet.widen(name)
@@ -120,7 +120,7 @@ def mul(h: Tensor, factor: float) -> Tensor:
 
 
 def test_a_function_of_the_users_own_is_not_taken_for_torchs_of_the_same_name():
-    with pytest.raises(LayerSelectionError, match=r"neurons reach mul\(\), a function of .* not looked into"):
+    with pytest.raises(LayerSelectionError, match=r"neurons reach mul\(\), a function of .* not traced"):
         find_neurons(Net(lambda net, x: net.c(mul(net.a(x), 2.0))))
 
 
