@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_map
 
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.members import default_collective
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.engine.engine import Engine
 from resist_lightning.state.memory import CPU, move_present
 from resist_lightning.state.random_state import random_state, set_random_state
-from resist_lightning.state.unmade import initialise, is_unmade, without_memory
+from resist_lightning.state.unmade import allocate, initialise, is_unmade, without_memory
 from resist_lightning.strategies.patches import Patches
 
 
@@ -82,17 +83,14 @@ def _mark(state: Any) -> str:
 
 def move_built(trainer: pl.Trainer, device: torch.device) -> None:
     """Move the module to this worker's device; tensors that worker 0 will send stay without memory."""
-    module = trainer.lightning_module
-    if not _gets_values_sent(trainer):
-        initialise(module, device)
-    move_present(module, device)
+    _make_values(trainer, device)
+    move_present(trainer.lightning_module, device)
 
 
 @contextmanager
 def loading(trainer: pl.Trainer, device: torch.device) -> Iterator[None]:
     """Inside, a full model can be loaded: into the whole module, or into the parts of it that have memory."""
-    if not _gets_values_sent(trainer):
-        initialise(trainer.lightning_module, device)
+    _make_values(trainer, device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*to a meta parameter in the current model, which is a no-op")
         yield
@@ -134,9 +132,14 @@ def check_built(engine: Engine, trainer: pl.Trainer, patches: Patches) -> None:
         )
 
 
-def _gets_values_sent(trainer: pl.Trainer) -> bool:
-    """Whether this process is of a worker that gets its weights from worker 0."""
-    return _is_fitting(trainer.lightning_module) and default_collective().worker > 0
+def _make_values(trainer: pl.Trainer, device: torch.device) -> None:
+    """Make the values of a module without memory on worker 0. In an evaluation the others get memory for them."""
+    module = trainer.lightning_module
+    if default_collective().worker == 0:
+        initialise(module, device)
+    elif not _is_fitting(module):
+        # A fit that had nothing to do may have left none. An evaluation begins with worker 0's values.
+        allocate(named_tensors(module), device)
 
 
 def _is_fitting(module: pl.LightningModule | None) -> bool:

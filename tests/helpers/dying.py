@@ -1,7 +1,8 @@
 """A user's script in which a worker fails: ``python -m tests.helpers.dying HARM WORKER FOLDER [START_METHOD]``.
 
 Every process writes its pid to FOLDER when it begins to train, and the error with which it ends. If HARM is SIGINT or
-SIGTERM, it creates a file some heartbeats after the error, to show that nothing has killed it.
+SIGTERM, it creates a file some heartbeats after the error, to show that nothing has killed it. ``train then HARM`` is a
+second training of the script.
 """
 
 from __future__ import annotations
@@ -112,4 +113,7 @@ def train(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(sys.argv[1], int(sys.argv[2]), sys.argv[3], *sys.argv[4:])
+    first, _, harm = sys.argv[1].rpartition("then ")
+    if first:  # with another Trainer, in the same processes
+        train("nothing", 0, sys.argv[3], *sys.argv[4:], max_steps=3)
+    train(harm, int(sys.argv[2]), sys.argv[3], *sys.argv[4:])

@@ -76,6 +76,35 @@ def test_what_is_built_late_resumes_exactly_and_needs_no_sanity_check(face: str,
         assert_equal_states(found["by parts"], results[0]["by parts"], exactly=True)
 
 
+class WithBias(Late):
+    """Has a parameter of its own, whose value only this code knows."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if not hasattr(self, "bias"):
+            self.bias = nn.Parameter(torch.arange(4.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.bias
+
+
+def run_again(worker: int, folder: str) -> list[Any]:
+    """Train, and run the same script again, in which the training is complete; returns the tests of both."""
+    tested = []
+    for ckpt_path in (None, Path(folder) / "end.ckpt"):
+        trainer, module = make_trainer(make_strategy(), max_epochs=1), WithBias()
+        trainer.fit(module, stream(worker, 4), ckpt_path=ckpt_path)
+        if ckpt_path is None:
+            trainer.save_checkpoint(Path(folder) / "end.ckpt")
+        tested += trainer.test(module, held_out(worker), verbose=False)
+    return tested
+
+
+def test_a_script_whose_training_is_complete_evaluates_what_is_built_late(tmp_path: Path) -> None:
+    for first, again in run_trainers(run_again, 2, str(tmp_path)):
+        assert again == first
+
+
 def train_reading(worker: int) -> None:
     fit(worker, Reads(), 8)
 

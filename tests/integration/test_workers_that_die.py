@@ -123,6 +123,7 @@ def witness(folder: Path) -> list[int]:
     ("what", "doomed", "how"),
     [
         ("raise", 1, r"failed with KeyError: 'a mistake'"),
+        ("train then raise", 1, r"failed with KeyError: 'a mistake'"),
         ("kill", 0, r"ended without reporting an error"),
     ],
 )
@@ -132,7 +133,7 @@ def test_of_a_script_nobody_is_left_behind(what: str, doomed: int, how: str, tmp
     error = (tmp_path / f"error{1 - doomed}").read_text()
     assert re.match("WorkerLost: " + NAME.format(doomed) + how, error), stderr
     assert re.search(r"last doing: [a-z -]+, round \d+, local step \d+", error)
-    assert (what == "raise") == ("raise KeyError" in stderr)  # the worker's own traceback
+    assert (doomed == 1) == ("raise KeyError" in stderr)  # the worker's own traceback
 
 
 def test_after_ctrl_c_a_script_goes_on_in_all_workers_and_has_a_checkpoint(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, TypeAlias
 
@@ -23,7 +23,7 @@ class Children:
     """Replaces Lightning's observer, which kills worker 0 before it can report what happened.
 
     Args:
-        processes: the children.
+        processes: the children; kept as an attribute.
         grace: seconds that worker 0 has to end by itself when a child has failed under its watch, and that the children
             have when worker 0 has failed.
         state: whether worker 0 watches the others, whether it has failed, and whether all have agreed to stop.
@@ -32,12 +32,12 @@ class Children:
 
     def __init__(
         self,
-        processes: Sequence[subprocess.Popen[bytes]],
+        processes: list[subprocess.Popen[bytes]],
         grace: float,
         state: Callable[[], State],
         first_rank: int = 1,
     ) -> None:
-        self._processes = processes
+        self.processes = processes
         self._first_rank = first_rank
         self._grace = grace
         self._state = state
@@ -47,9 +47,18 @@ class Children:
         self._observer.start()
         atexit.register(self._leave_none)
 
+    @property
+    def of_this_process(self) -> bool:
+        """Whether this process has started them; a fork of worker 0 has not."""
+        return os.getpid() == self._pid
+
+    def follow(self, state: Callable[[], State], grace: float) -> None:
+        """Observe the children for a later Trainer of the script, which trains in the same processes."""
+        self._state, self._grace = state, grace
+
     def how_ended(self, pid: int) -> str | None:
         """The end of a child, in words; None if it runs, or is none of these."""
-        for process in self._processes:
+        for process in self.processes:
             code = process.poll()
             if process.pid == pid and code is not None:
                 return name_of_exit(code)
@@ -57,7 +66,7 @@ class Children:
 
     def kill(self, pid: int | None = None) -> None:
         """Kill one child, or all that still run. A child stopped by SIGSTOP cannot be ended otherwise."""
-        for process in self._processes:
+        for process in self.processes:
             if pid in (None, process.pid) and process.poll() is None:
                 process.kill()
 
@@ -67,10 +76,10 @@ class Children:
         Once all have agreed to stop, each process ends by itself.
         """
         while True:
-            failed = [process for process in self._processes if process.poll()]
+            failed = [process for process in self.processes if process.poll()]
             if failed:
                 break
-            if all(process.poll() == 0 for process in self._processes):
+            if all(process.poll() == 0 for process in self.processes):
                 return
             if self._leaving.wait(BEAT_SECONDS):
                 return
@@ -84,7 +93,7 @@ class Children:
         # Worker 0 did not fail by itself: it may hang in a call that waits for the child.
         if self._state() != "failed":
             child = failed[0]
-            rank = self._first_rank + self._processes.index(child)
+            rank = self._first_rank + self.processes.index(child)
             sys.stderr.write(
                 f"rank {rank} (pid {child.pid}) {name_of_exit(child.returncode)}; all workers are killed.\n"
             )
@@ -93,11 +102,11 @@ class Children:
 
     def _leave_none(self) -> None:
         """At the exit of worker 0 after an error or a signal: wait for the children, then kill those that still run."""
-        if os.getpid() != self._pid:
-            return  # a fork of worker 0, whose children these are not
+        if not self.of_this_process:
+            return
         if self._state() in ("failed", "stopped"):
             deadline = time.monotonic() + self._grace
-            for process in self._processes:
+            for process in self.processes:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline - time.monotonic()))
             self.kill()

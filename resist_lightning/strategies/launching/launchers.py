@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # it imports this module
 class ScriptLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher by re-running the script, and of processes that exist already (torchrun, SLURM)."""
 
+    _children: ClassVar[Children | None] = None
+    """The workers that this process has started: a later Trainer of the script trains in the same ones."""
+
     def __init__(self, strategy: SubnetStrategy, environment: ClusterEnvironment, processes: int, nodes: int) -> None:
         super().__init__(environment, processes, nodes)
         self._strategy = strategy
@@ -37,13 +40,17 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         guard = self._strategy.guard
+        grace = 2 * guard.silence.total_seconds()
         if not self.cluster_environment.creates_processes_externally:
             os.environ[PARENT] = str(os.getpid())
             self._call_children_scripts()
             del os.environ[PARENT]  # programs that this worker starts later are no workers
-            grace = 2 * guard.silence.total_seconds()
             first_rank = self.cluster_environment.node_rank() * self.num_processes + 1
-            guard.children = Children(self.procs, grace, lambda: guard.state, first_rank)
+            ScriptLauncher._children = Children(self.procs, grace, lambda: guard.state, first_rank)
+        children = ScriptLauncher._children
+        if children is not None and children.of_this_process:
+            children.follow(lambda: guard.state, grace)
+            guard.children, self.procs = children, children.processes
         _set_num_threads_if_needed(num_processes=self.num_processes)
         with guard.around(self._strategy.ends_together):
             return function(*args, **kwargs)
