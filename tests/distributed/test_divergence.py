@@ -97,7 +97,7 @@ def test_a_bit_that_differs_after_a_sync_is_found_at_the_next_handshake_and_its_
         for worker in told:
             (message,) = worker[case]
             assert f"{name} (worker {ODD} differs from the others). " in message, case
-            assert "the sync into round 2 " in message, case
+            assert "the sync into round 2, tensors" in message, case
 
 
 def play_unchecked(worker: int) -> str:

@@ -62,7 +62,7 @@ def play_flip(worker: int) -> str:
 def test_an_output_bias_that_differs_after_a_sync_is_named_with_its_worker_at_the_next_handshake() -> None:
     for message in run_workers(play_flip, WORKERS):
         assert f"{BIAS} (worker {ODD} differs from the others). " in message
-        assert "the sync into round 2 " in message
+        assert "the sync into round 2, tensors" in message
 
 
 # ------------------------------------------------------------------ before a sync

@@ -300,7 +300,7 @@ def children(pid: int) -> list[str]:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("workers: 2, gbit: 1, local_steps: 5", "must have workers, width_multiplier, gbit, local_steps"),
+        ("workers: 2, gbit: 1, local_steps: 5", "must have exactly workers, width_multiplier, gbit, local_steps"),
         (
             "workers: 2, gbit: 1, local_steps: 5, steps_per_round: 5, overlap: 5",
             "overlap < steps_per_round <= local_steps",

@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "a weight of a layer outside": (Tied, {}, "are one tensor, inside and outside of the network"),
     "averaged weights": (Classifier, {"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging"),
-    "sync_batchnorm": (Classifier, {"sync_batchnorm": True}, "sync_batchnorm=True contradicts"),
+    "sync_batchnorm": (Classifier, {"sync_batchnorm": True}, "sync_batchnorm=True has nothing to synchronize"),
 }
 
 

@@ -70,7 +70,7 @@ def test_a_fit_after_the_evaluation_of_a_checkpoint_counts_its_rounds_from_its_o
     assert rounds == [0, 0, 0, 1, 1]
 
 
-PASSED_OVER = ".*the metric of ReduceLROnPlateau was known, and this step of the scheduler is skipped"
+PASSED_OVER = ".*the metric of ReduceLROnPlateau was known, so this step of the scheduler is skipped"
 
 
 class Follows(Tunable):

@@ -154,7 +154,7 @@ def test_iterables_that_can_begin_again_give_their_first_items() -> None:
 @pytest.mark.parametrize("seeded", [False, True])
 def test_data_that_would_be_lost_are_not_read(seeded: bool) -> None:
     loader: Any = DataLoader(Once(3), batch_size=2)
-    with pytest.raises(ValueError, match=r"data set, Once, can be iterated only once, .* Set example_input_array"):
+    with pytest.raises(ValueError, match=r"data set, Once, can be iterated only once: .* Set example_input_array"):
         example(seed_loader(loader, 0, lambda: 0) if seeded else loader)
     with pytest.raises(ValueError, match="training loader, Once, can be iterated only once"):
         example(Once(3))
