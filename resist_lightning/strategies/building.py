@@ -25,6 +25,8 @@ from resist_lightning.state.random_state import random_state, set_random_state
 from resist_lightning.state.unmade import allocate, initialise, is_unmade, without_memory
 from resist_lightning.strategies.patches import Patches
 
+LARGE_BYTES = 100_000_000  # of parameters: below, a whole module on each worker at the start is not worth a word
+
 
 @contextmanager
 def building(strategy: Any, usual: AbstractContextManager[None], *, empty: bool) -> Iterator[None]:
@@ -126,10 +128,11 @@ def check_built(engine: Engine, trainer: pl.Trainer, patches: Patches) -> None:
     # Not AuxNet's workers, which build all of it to measure it.
     if not any(unmade) and engine.layout.partial and engine.config.trains_alone:
         size = sum(parameter.nbytes for parameter in engine.module.parameters())
-        rank_zero_info(
-            f"Every worker has built the whole module ({size / 1e6:,.1f} MB of parameters), and frees the parts of "
-            "others when the training starts. If it is built in `configure_model`, only worker 0 holds all of it."
-        )
+        if size >= LARGE_BYTES:
+            rank_zero_info(
+                f"Every worker has built the whole module ({size / 1e6:,.0f} MB of parameters), and frees the parts of "
+                "others when the training starts. If it is built in `configure_model`, only worker 0 holds all of it."
+            )
 
 
 def _make_values(trainer: pl.Trainer, device: torch.device) -> None:

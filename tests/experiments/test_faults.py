@@ -24,14 +24,14 @@ from experiments.faults.workers import Ended
 from experiments.harness.record import read_record
 from resist_lightning.checkpoint.files import write_sealed
 from tests.helpers.processes import run_workers
-from tests.helpers.programs import ROOT, run_interpreter
+from tests.helpers.programs import run_module
 
 # The sample, over real processes.
 
 
 def test_a_sample_of_the_soak_finds_nothing(tmp_path: Path) -> None:
     arguments = ["size=sample", f"out={tmp_path}", "timeout_seconds=10"]
-    run_interpreter(["experiments/faults/run.py", *arguments], ROOT, timeout=110)
+    run_module("experiments.faults.run", *arguments, timeout=110)
 
     content = read_record(tmp_path / "faults.jsonl")
     assert [row["fault"] for row in content["rows"]] == [str(case.fault) for case in SAMPLE]

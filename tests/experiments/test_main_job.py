@@ -67,6 +67,7 @@ def test_resist_with_two_workers_learns_the_digits_and_its_checkpoint_is_a_model
     assert 0.5 < results["parameters"]["held_share"] < 1
     assert results["sent_bytes"]["ddp_ratio"] > results["sent_bytes"]["local_sgd_ratio"] > 1
     assert f"{results['test']['accuracy']:.2%}" in output
+    assert "has built the whole module" not in output  # of half a megabyte
     for name in ("partition.png", "accuracy.png", "bytes.png", "report.txt", ".hydra/config.yaml", "csv/metrics.csv"):
         assert (run / name).stat().st_size > 0, name
     keys = torch.load(results["checkpoint"], weights_only=True)["state_dict"].keys()

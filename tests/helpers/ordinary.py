@@ -37,11 +37,11 @@ def make_network(name: str) -> nn.Module:
         )
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(3 * 32 * 32, 4096),
+        nn.Linear(3 * 32 * 32, 3712),
         nn.ReLU(),
-        nn.Linear(4096, 4096),
+        nn.Linear(3712, 3712),
         nn.ReLU(),
-        nn.Linear(4096, CLASSES),
+        nn.Linear(3712, CLASSES),
     )
 
 

@@ -136,7 +136,7 @@ def test_spawned_workers_train_an_ordinary_network_as_forked_ones_do(tmp_path: P
     forked, spawned = tmp_path / "fork", tmp_path / "spawn"
     for folder in (forked, spawned):
         folder.mkdir()
-    run_ordinary("fork", forked)
+    assert "Every worker has built the whole module (102 MB of parameters)" in run_ordinary("fork", forked)
     assert_sound_at_ordinary_size(forked, "resnet50")
     output = run_ordinary("spawn", spawned, str(forked / "step=1.ckpt"))
 
