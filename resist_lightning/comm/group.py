@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeAlias, cast
@@ -16,55 +16,28 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store, _world
 from torch.distributed.rendezvous import rendezvous
 
+from resist_lightning.comm.backends import NCCL, NCCL_VARIABLES
 from resist_lightning.comm.rendezvous import HostsCannotMeet, await_store, check_hosts, with_port
 from resist_lightning.comm.sockets import cut_connections, open_sockets, recording, recording_group
 from resist_lightning.comm.torchrun import attempt, shares_store, started_by_torchrun
 from resist_lightning.errors import first_line
 
-NCCL = ("nccl", "nccl2", "nccl-legacy", "nccl-lazy")
-"""The names of NCCL's backends: torch 2.15 has a new one beside the classic one, and uses it for ``"nccl"``."""
-
 _TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
 _ABORT_SECONDS = 10.0  # after which an abort is no longer waited for
-
-
-def check_backend(backend: str | None, device: torch.device, backends: Mapping[str, str]) -> None:
-    """Raise where the default group cannot serve the tensors of this worker."""
-    config = ",".join(f"{kind}:{name}" for kind, name in backends.items())
-    if backend is None or (backend == "gloo" and backends.get("cpu") != "gloo"):
-        raise ValueError(
-            f"the module is on {device}, and torch.distributed's default group has {config!r} only. Move the module "
-            "to its GPU before the Engine is made, or call init_process_group('cpu:gloo,cuda:nccl')."
-        )
-    if backend not in ("gloo", *NCCL):
-        raise ValueError(
-            f"torch.distributed's default group sends tensors on {device} by {backend!r}, and only 'gloo' and 'nccl' "
-            "are supported. Call init_process_group('gloo'), or 'nccl' for GPUs."
-        )
-    if backend in NCCL and device.index is not None:
-        _check_bound(device)
-
-
-def _check_bound(device: torch.device) -> None:
-    """Raise where NCCL, or torch beside it, would use another GPU than the module's."""
-    group: Any = _get_default_group()  # torch's stubs do not know all of it
-    bound = group.bound_device_id
-    if bound is None:
-        bound = torch.device("cuda", torch.cuda.current_device())
-        wrong = f"the current device of its process is {bound}"
-    else:
-        wrong = f"its process group is bound to {bound}"
-    if bound.index != device.index:
-        raise ValueError(
-            f"the module of rank {dist.get_rank()} is on {device}, and {wrong}. Call "
-            f"torch.cuda.set_device({device.index}) and init_process_group('nccl', device_id=torch.device('{device}')) "
-            "before the module is moved."
-        )
 
 
 def group_exists() -> bool:
     """Whether torch.distributed's default group exists."""
     return dist.is_available() and dist.is_initialized()
+
+
+def bound_device() -> torch.device | None:
+    """The device to which the default group is bound, if there is a group, and it is."""
+    if not group_exists():
+        return None
+    group: Any = _get_default_group()  # torch's stubs do not know all of it
+    bound: torch.device | None = group.bound_device_id
+    return bound
 
 
 StoreConnection: TypeAlias = Store
@@ -106,8 +79,8 @@ def join_group(
         RuntimeError: if the workers cannot join one another, with what to check.
     """
     if backend in NCCL:
-        # An operation that fails ends with an error; by default NCCL's watchdog would end the process by SIGABRT.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+        for name, value in NCCL_VARIABLES.items():
+            os.environ.setdefault(name, value)
     try:
         await_store(address, port, node=node, served=shares_store(), by_torchrun=started_by_torchrun())
         _join(backend, address, port, worker, workers, timeout, device)
@@ -167,8 +140,18 @@ def _not_joined(backend: str, store: str, worker: int, workers: int, error: Runt
 
 def interrupt_group() -> None:
     """Make operations that wait in the default group raise; from any thread. The group cannot be used afterwards."""
-    if not _uses_nccl():
+    if _uses_nccl():
+        abort_nccl()
+    else:
         cut_connections()
+
+
+def abort_nccl() -> None:
+    """End the operations of NCCL that are under way, if there are any; from any thread. Its groups are lost.
+
+    Their kernels would otherwise run on, waiting for workers that are gone, and whatever waits for the GPU with them.
+    """
+    if not _uses_nccl():
         return
     # Groups of members too; all at once, as the abort of one may wait for an operation of another.
     aborts = [threading.Thread(target=_abort, args=(group,), daemon=True) for group in list(_world.pg_map)]

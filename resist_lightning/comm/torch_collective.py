@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from resist_lightning.comm.backends import check_backend
 from resist_lightning.comm.byte_formulas import all_reduce_bytes
 from resist_lightning.comm.collective import Collective, Finish, Meanwhile, Messages, do_nothing
-from resist_lightning.comm.group import check_backend, second_group
+from resist_lightning.comm.group import bound_device, second_group
 from resist_lightning.comm.waiting import Operation, wait_polling
 
 
@@ -40,7 +41,7 @@ class GroupCollective(Collective):
         if device is None:
             device = torch.device("cpu" if backends.get("cpu") == "gloo" else "cuda")
         backend = backends.get(device.type, backends.get("cpu"))
-        check_backend(backend, device, backends)
+        check_backend(backend, device, backends, dist.get_rank(), bound_device())
         # Gloo serves GPUs in some operations only, so with it everything goes through the CPU.
         self._stage = backend == "gloo"
         self._device = torch.device("cpu") if self._stage else device

@@ -77,7 +77,7 @@ class Engine:
         self.layout = make_layout(module, config, self.collective.workers, optimizers, members=self.collective.members)
         self.running, self._observed_kind = False, ""
         self.ended_on_first = False  # with the full model on worker 0 alone
-        self.states = OptimizerStates(optimizers)
+        self.states = OptimizerStates(optimizers, self._device)
         self.clock = Clock.by(config.local_steps, lambda: first_rate(optimizers), self.layout.overlapped_steps)
         self.steps = StepWatch(module, self.states, self.clock, alone=config.trains_alone and self.layout.workers > 1)
         self.activity = Activity(self.clock)

@@ -12,7 +12,7 @@ from resist_lightning.engine.evaluation import Observation
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Plan
 from resist_lightning.schedule.progress import Activity, Clock, StepTimer
-from resist_lightning.state.timing import Seconds
+from resist_lightning.state.timing import Seconds, now
 
 
 class RoundEnd:
@@ -121,6 +121,7 @@ class RoundEnd:
     def _meet(self) -> tuple[int, Plan]:
         """The handshake before a sync, which compares the workers; returns the round that ends, and the plan."""
         self._replicas.end_steps()
+        now(self._sync.exchange.device)  # the seconds of local steps are the GPU's; the handshake waits for it anyway
         self._activity.begin("handshake")
         measured = [self._step_timer.take(), self._exchanging.take_sync()]
         reports = self._handshake.run(Purpose.SYNC, self._clock, measured)

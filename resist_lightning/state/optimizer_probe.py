@@ -71,8 +71,12 @@ class Findings:
     unknown: str = ""
 
 
-def probe(optimizer: Optimizer) -> list[Findings]:
+def probe(optimizer: Optimizer, device: torch.device) -> list[Findings]:
     """Findings on an optimizer and each inner one. Changes neither it nor its parameters nor a random generator.
+
+    Args:
+        optimizer: the user's.
+        device: where parameters that have no memory yet will live.
 
     Raises:
         ValueError: for an optimizer that cannot work with absent parameters, or that talks to other workers.
@@ -87,10 +91,10 @@ def probe(optimizer: Optimizer) -> list[Findings]:
     messages_before = messages_sent()
     try:
         with random_numbers_apart(), torch.compiler.set_stance("force_eager"):
-            trial = take_trial_steps(optimizer)
+            trial = take_trial_steps(optimizer, device)
             # State that differs in these depends on the gradients, or copies the weights.
-            other_gradient = take_trial_steps(optimizer, gradient=-2.0)
-            other_weight = take_trial_steps(optimizer, weight=1000.0)
+            other_gradient = take_trial_steps(optimizer, device, gradient=-2.0)
+            other_weight = take_trial_steps(optimizer, device, weight=1000.0)
     except Exception as error:
         if optimizer.state and isinstance(error, KeyError | AttributeError | TypeError):
             raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resist_lightning.state.memory import CPU
 from resist_lightning.state.optimizer_probe import Slot, probe
 from resist_lightning.state.optimizer_twin import with_inner
 from resist_lightning.state.tracked_optimizer import StateNumber, TrackedOptimizer
@@ -25,17 +26,18 @@ class OptimizerStates:
 
     Args:
         optimizers: the user's optimizers, built on the full model.
+        device: of the worker, where parameters that have no memory yet will live.
 
     Raises:
         ValueError: for an optimizer that cannot work with absent parameters (LBFGS, Adagrad), or that talks to other
             workers in its step.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], device: torch.device = CPU) -> None:
         self._given = list(optimizers)
         self._tracked: list[TrackedOptimizer] = []
         for optimizer in optimizers:
-            for each, findings in zip(with_inner(optimizer), probe(optimizer), strict=True):
+            for each, findings in zip(with_inner(optimizer), probe(optimizer, device), strict=True):
                 self._tracked.append(TrackedOptimizer(each, findings))
         # Python numbers in transit, by optimizer, parameter and name.
         self._numbers: dict[tuple[int, int, str], StateNumber] = {}

@@ -38,9 +38,17 @@ def with_inner(optimizer: Optimizer) -> list[Optimizer]:
 
 
 class Trial:
-    """A twin of an optimizer, with one small parameter for each kind of parameter that it has."""
+    """A twin of an optimizer, with one small parameter for each kind of parameter that it has.
 
-    def __init__(self, optimizer: Optimizer, gradient: float, weight: float) -> None:
+    Args:
+        optimizer: the original.
+        device: where the small parameters of parameters without memory live.
+        gradient: factor of the gradients.
+        weight: added to the weights.
+    """
+
+    def __init__(self, optimizer: Optimizer, device: torch.device, gradient: float, weight: float) -> None:
+        self._device = device
         self._gradient = gradient
         self._weight = weight
         # As for `copy.deepcopy`: by the identity of an object, its copy.
@@ -111,7 +119,7 @@ class Trial:
             groups.append(memo[id(group)])
 
     def _small(self, parameter: nn.Parameter) -> nn.Parameter:
-        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        device = self._device if parameter.is_meta else parameter.device
         count = parameter.dim()
         if count < len(_SIDES):
             sides: tuple[int, ...] = _SIDES[count]
@@ -120,15 +128,15 @@ class Trial:
         return nn.Parameter(torch.full(sides, 0.5 + self._weight, dtype=parameter.dtype, device=device))
 
 
-def take_trial_steps(optimizer: Optimizer, gradient: float = 1.0, weight: float = 0.0) -> Trial:
-    """Take trial steps, with a closure if they fail without one."""
-    trial = Trial(optimizer, gradient, weight)
+def take_trial_steps(optimizer: Optimizer, device: torch.device, gradient: float = 1.0, weight: float = 0.0) -> Trial:
+    """Take trial steps, with a closure if they fail without one; see :class:`Trial`."""
+    trial = Trial(optimizer, device, gradient, weight)
     try:
         trial.take_steps(None)
         return trial
     except Exception as error:  # noqa: BLE001 - whatever the optimizer's code may raise
         first = error
-    trial = Trial(optimizer, gradient, weight)
+    trial = Trial(optimizer, device, gradient, weight)
     try:
         trial.take_steps(trial.set_gradients)
     except Exception:  # noqa: BLE001

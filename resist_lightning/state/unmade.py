@@ -61,14 +61,18 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], device:
     ``Optimizer.load_state_dict`` would cast it to the device of its parameter, where it would lose its values.
     """
     optimizer.load_state_dict({**state, "state": {}})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        dtype = parameter.dtype if parameter.is_floating_point() else None
-        for key, value in state["state"].get(number, {}).items():
-            # Steps are counted on the CPU, in a type of their own.
-            moves = isinstance(value, Tensor) and key != "step"
-            optimizer.state[parameter][key] = value.to(device, dtype, copy=True) if moves else value
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        # Steps are counted on the CPU, except where the step is one kernel or part of a graph; in a type of their own.
+        counts_on_device = group.get("fused") or group.get("capturable")
+        for number, parameter in zip(saved["params"], group["params"], strict=True):
+            dtype = parameter.dtype if parameter.is_floating_point() else None
+            for key, value in state["state"].get(number, {}).items():
+                moved = value
+                if isinstance(value, Tensor) and key != "step":
+                    moved = value.to(device, dtype, copy=True)
+                elif isinstance(value, Tensor) and counts_on_device:
+                    moved = value.to(device, copy=True)
+                optimizer.state[parameter][key] = moved
 
 
 @contextmanager

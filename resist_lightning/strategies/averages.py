@@ -16,6 +16,7 @@ from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.ist.config import NeuronConfig
 from resist_lightning.state.companion import Companion
+from resist_lightning.state.memory import move_present
 from resist_lightning.strategies.patches import Patches
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 
@@ -99,6 +100,9 @@ class Averages:
         if self._callback is None:
             return
         average = self._callback._average_model
+        if getattr(self._callback, "_device", None) is None:
+            # Lightning has copied the module before the strategy moved it to its device.
+            move_present(average, engine.sync.exchange.device)
         tensors = [*engine.module.parameters(), *average.module.parameters()]
         devices = {tensor.device for tensor in tensors}
         if len(devices) > 1 and engine.layout.partial:

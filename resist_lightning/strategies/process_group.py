@@ -8,9 +8,10 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from resist_lightning.comm.backends import NCCL, binds
 from resist_lightning.comm.group import (
-    NCCL,
     abandon_group,
+    abort_nccl,
     destroy_abandoned_group,
     destroy_group,
     group_exists,
@@ -65,7 +66,7 @@ class ProcessGroup:
                     worker=own.worker,
                     workers=workers,
                     timeout=self._options.timeout,
-                    device=device if device.type == "cuda" else None,
+                    device=device if binds(backend, device) else None,
                     node=environment.node_rank(),
                 )
         except RuntimeError as error:
@@ -97,5 +98,7 @@ class ProcessGroup:
             with guard.around():
                 barrier()
         guard.end()
+        if owned and interrupted:
+            abort_nccl()
         if leaving:
             destroy_group()  # without this, gloo aborted 5 of 30 processes at exit

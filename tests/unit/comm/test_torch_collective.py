@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +19,7 @@ from resist_lightning.comm.torch_collective import GroupCollective
         ("cuda:nccl", "cuda:1", "cuda:1", "cuda:1"),
         ("cuda:nccl", None, None, "cuda"),
         ("cpu:gloo,cuda:gloo", "cuda:1", None, "cpu"),
-        ("cpu:gloo", "cuda:0", None, "cpu"),
+        ("cpu:gloo", "cuda:1", None, "cpu"),
     ],
 )
 def test_numbers_are_sent_where_the_backend_of_the_module_s_device_takes_them(monkeypatch, config, device, bound, wire):
@@ -30,10 +28,10 @@ def test_numbers_are_sent_where_the_backend_of_the_module_s_device_takes_them(mo
 
 def group_of(monkeypatch, config, device, bound):
     """A collective without a real group."""
-    group = SimpleNamespace(bound_device_id=torch.device(bound) if bound else None)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_backend_config", lambda: config)
-    monkeypatch.setattr("resist_lightning.comm.group._get_default_group", lambda: group)
+    given = torch.device(bound) if bound else None
+    monkeypatch.setattr("resist_lightning.comm.torch_collective.bound_device", lambda: given)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     return GroupCollective(torch.device(device) if device else None)

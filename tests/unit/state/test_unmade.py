@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from resist_lightning.comm.tensors import named_tensors
-from resist_lightning.state.unmade import allocate, initialise, is_unmade, present_device, without_memory
+from resist_lightning.state.unmade import (
+    allocate,
+    initialise,
+    is_unmade,
+    load_optimizer_state,
+    present_device,
+    without_memory,
+)
 from tests.helpers.nets import small_preact
 
 CPU = torch.device("cpu")
@@ -96,3 +103,22 @@ def test_a_part_that_cannot_make_its_values_is_named():
     present = nn.Sequential(Scale())
     initialise(present, CPU)
     assert present[0].factor.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}])
+def test_loaded_steps_are_counted_where_the_optimizer_counts_them(options):
+    net = nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    net(torch.ones(2)).sum().backward()
+    optimizer.step()
+    with without_memory():
+        form = nn.Linear(2, 3)
+    other = torch.optim.AdamW(form.parameters(), lr=0.1)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group.update(options)  # which these optimizers would refuse on this device
+    load_optimizer_state(other, saved, torch.device("meta"))  # in the place of a GPU
+    state = other.state[form.weight]
+    assert state["exp_avg"].is_meta
+    assert state["step"].is_meta == bool(options)
+    assert state["step"].dtype == torch.float32

@@ -51,8 +51,11 @@ def test_only_who_has_made_the_group_leaves_it(join: Any) -> None:
     assert said == ["barrier"]
 
 
-def test_after_an_error_nobody_waits(join: Any) -> None:
+def test_after_an_error_nobody_waits_and_no_operation_stays_under_way(
+    join: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
+    monkeypatch.setattr("resist_lightning.strategies.process_group.abort_nccl", lambda: said.append("aborted"))
     leave(join(), said, interrupted=True)
-    assert said == []
+    assert said == ["aborted"]
     dist.destroy_process_group()
