@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.plain import make_net
 
-WORKERS, LOCAL_STEPS, STEPS, WIDTH, CLASSES = 2, 2, 5, 8, 4
+WORKERS, LOCAL_STEPS, STEPS, WIDTH, CLASSES = 2, 2, 3, 8, 4
 COUNTING = "counting"  # a backend of torch.compile, registered by `speedups`
 METHODS = ("resist", "local_sgd", "ist")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import warnings
 from typing import Any
@@ -66,8 +65,6 @@ def tried(collective: Any, name: str) -> tuple[dict[str, str], list[str]]:
             with pytest.raises(PartialModelError) as refused:
                 act(net.train(), x)
             found[what] = str(refused.value)
-            del refused
-            gc.collect()
     with ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         net.train()(x).sum().backward()
@@ -124,8 +121,6 @@ class Looking(Classifier):
                 act()
             self.said.append(str(refused.value))
             self.train()
-            del refused
-            gc.collect()
         strategy: Any = self.trainer.strategy
         with strategy.engine.full_model():
             self.full.append(float(self.eval()(images).detach().sum()))

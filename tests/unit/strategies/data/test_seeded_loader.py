@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from torchvision.transforms import v2
 
 from resist_lightning.state.random_state import random_state
 from resist_lightning.strategies.data.seeded_loader import SeededDataset, seed_loader, unseed_loader
+from tests.helpers.processes import PRELOADED
 
 SAMPLES = 8
 
@@ -131,14 +133,17 @@ def test_a_sample_is_augmented_alike_in_any_order_and_anew_in_each_epoch(options
     del there
 
 
-def test_processes_that_are_spawned_see_each_epoch() -> None:
+def test_processes_that_are_no_forks_of_this_one_see_each_epoch() -> None:
+    """They get the data set pickled, as spawned ones do, each of which would import Lightning anew in seven seconds."""
     now = [0]
-    spawned = seeded(
-        epoch=lambda: now[0], num_workers=1, persistent_workers=True, multiprocessing_context="spawn", timeout=60
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    by_server = seeded(
+        epoch=lambda: now[0], num_workers=1, persistent_workers=True, multiprocessing_context=context, timeout=60
     )
 
     for now[0] in (0, 1):
-        assert by_index(spawned) == by_index(seeded(epoch=lambda: now[0]))
+        assert by_index(by_server) == by_index(seeded(epoch=lambda: now[0]))
 
 
 @pytest.mark.parametrize("library", [0, 1, 2], ids=["numpy", "python", "torch"])
