@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,11 +12,12 @@ from torch import Tensor
 from torch.optim import SGD
 
 from tests.helpers.plain import Classifier, held_out, stream
-from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers
+from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 
-METHODS = ("resist", "local_sgd", "ist")
-EPOCH = 5
+KINDS = {"resist": "small", "local_sgd": "chain", "ist": "chain"}
+STEPS = 7  # validations after 2, 4 and 6; rounds end with 3 and 6
+EPOCH = 4
 
 
 class Swapping(SGD):
@@ -58,7 +58,7 @@ class Scored(Classifier):
     """Notes the weights in validations."""
 
     def __init__(self, face: str, swaps: str = "") -> None:
-        super().__init__(kind=kind_for(face))
+        super().__init__(kind=KINDS[face])
         self.swaps = swaps
         self.trained: list[Tensor] = []
         self.shown: list[Tensor] = []
@@ -130,6 +130,11 @@ SWAPS = {
     "hooks inside the validation, by Lightning's optimizer": "epoch, wrapped",
     "a callback's hooks": "",
 }
+WAYS = {
+    "resist": ("a module's hooks", "hooks inside the validation, by Lightning's optimizer", "a callback's hooks"),
+    "local_sgd": ("a module's hooks, by Lightning's optimizer", "hooks inside the validation"),
+    "ist": ("a module's hooks", "hooks inside the validation, by Lightning's optimizer", "a callback's hooks"),
+}
 
 
 def train(
@@ -138,38 +143,46 @@ def train(
     module = Scored(face, SWAPS[how])
     trainer = make_trainer(
         make_strategy(face, **({"batch_norm": "running"} if face != "local_sgd" else {})),
-        max_epochs=2,
+        max_epochs=1,
         callbacks=[] if SWAPS[how] else [Average()],
         val_check_interval=2 if validate else 1.0,
         limit_val_batches=1.0 if validate else 0,
     )
-    trainer.fit(module, stream(worker, EPOCH), held_out(worker))
+    trainer.fit(module, stream(worker, STEPS), held_out(worker))
     if validate and "start" in SWAPS[how]:
         assert not all(map(torch.equal, module.trained, module.shown))
     return clone_state(module), module.shown, module.seen
 
 
-def train_all(worker: int, face: str) -> dict[str, Any]:
-    """For each way, the results without validations (shared by all ways in which the optimizer swaps) and with them."""
-    plain = {swaps: train(worker, face, how, validate=False) for how, swaps in SWAPS.items() if swaps in ("", "start")}
-    return {how: [plain["start" if swaps else ""], train(worker, face, how)] for how, swaps in SWAPS.items()}
+def train_all(worker: int) -> dict[str, dict[str, Any]]:
+    """For each method the results without validations, where nothing is ever shown, and with them, in each way."""
+    found: dict[str, dict[str, Any]] = {}
+    for face, ways in WAYS.items():
+        found[face] = {how: train(worker, face, how) for how in ways}
+        found[face]["plain"] = train(worker, face, "a callback's hooks", validate=False)
+    return found
 
 
-@pytest.mark.parametrize("face", METHODS)
-def test_swapped_weights_are_averaged_and_come_back(face: str) -> None:
+@pytest.fixture(scope="module")
+def swapped() -> list[dict[str, dict[str, Any]]]:
+    return run_trainers(train_all, 2)
+
+
+@pytest.mark.parametrize("face", WAYS)
+def test_swapped_weights_are_averaged_and_come_back(swapped: Any, face: str) -> None:
     """Training is bit for bit as without validations, in which all workers see the mean of their swapped weights."""
-    first, second = run_trainers(train_all, 2, face)
-    for how in SWAPS:
-        for plain, watched in (first[how], second[how]):
-            assert_equal_states(watched[0], plain[0], exactly=True)
-        (_, shown, seen), (_, shown_too, seen_too) = first[how][1], second[how][1]
-        assert len(seen) == 4
+    first, second = (found[face] for found in swapped)
+    for how in WAYS[face]:
+        for found in (first, second):
+            assert_equal_states(found[how][0], found["plain"][0], exactly=True)
+        (_, shown, seen), (_, shown_too, seen_too) = first[how], second[how]
+        assert len(seen) == 3
         assert all(map(torch.equal, seen, seen_too))
         if "inside" not in how:
             for mine, theirs, mean in zip(shown, shown_too, seen, strict=True):
                 torch.testing.assert_close((mine + theirs) / 2, mean)
-    inside, outside = first["hooks inside the validation"], first["a module's hooks"]
-    assert all(map(torch.equal, inside[1][2], outside[1][2]))
+    outside, inside = (first[how] for how in WAYS[face][:2])
+    assert all(map(torch.equal, inside[2], outside[2]))
 
 
 # Buffers
@@ -179,7 +192,7 @@ class Counting(Classifier):
     """Counts in buffers during validations."""
 
     def __init__(self, face: str = "resist") -> None:
-        super().__init__(kind=kind_for(face))
+        super().__init__(kind=KINDS[face])
         self.face = face
         self.register_buffer("best", torch.zeros(()))
         self.register_buffer("seen_images", torch.zeros((), dtype=torch.long))
@@ -224,7 +237,11 @@ class AtTheEnd(L.Callback):
             next(child for child in module.modules() if hasattr(child, "running_mean")).running_mean.fill_(7.0)
 
 
-def count(worker: int, face: str, folder: str) -> dict[str, Any]:
+def count(worker: int, folder: str) -> dict[str, dict[str, Any]]:
+    return {face: count_by(worker, face, f"{folder}/{face}") for face in KINDS}
+
+
+def count_by(worker: int, face: str, folder: str) -> dict[str, Any]:
     module, saving = Counting(face), ModelCheckpoint(folder, "middle", every_n_epochs=2)
     options = {"max_epochs": 3, "callbacks": [AtTheEnd(), saving], "enable_checkpointing": True}
     make_trainer(make_strategy(face), **options).fit(module, stream(worker, EPOCH), held_out(worker))
@@ -245,11 +262,16 @@ def count(worker: int, face: str, folder: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("face", METHODS)
-def test_buffers_that_a_validation_writes_stay_written_and_nothing_else_does(face: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return run_trainers(count, 2, str(tmp_path_factory.mktemp("counted")))
+
+
+@pytest.mark.parametrize("face", KINDS)
+def test_buffers_that_a_validation_writes_stay_written_and_nothing_else_does(counted: Any, face: str) -> None:
     """As in one process, with two batches of eight images in each of three validations; also from checkpoints."""
     expected = [[0.5 + 0.25 * epoch, 16.0 * (epoch + 1), 2.0 * (epoch + 1), 0.75, epoch + 1.0] for epoch in range(3)]
-    for found in run_trainers(count, 2, face, str(tmp_path)):
+    for found in (each[face] for each in counted):
         assert [row[:5] for row in found["history"]] == expected
         for epoch, row in enumerate(found["history"]):
             assert row[5] in (2.0 * (epoch + 1), -1.0)  # -1 if another worker holds the block
