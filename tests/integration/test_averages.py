@@ -64,8 +64,8 @@ class Watched(L.Callback):
 class Counting(Classifier):
     """Writes a buffer in every validation."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, seed: int = 7) -> None:
+        super().__init__("small", seed)
         self.register_buffer("validations", torch.zeros(()))
 
     def on_validation_epoch_end(self) -> None:
@@ -74,14 +74,15 @@ class Counting(Classifier):
 
 def train(worker: int, trainer_options: dict[str, Any], callback: Any, folder: str, **options: Any) -> dict[str, Any]:
     """Train; returns the final weights, the losses, and the contents of the checkpoints."""
-    module, watched = options.pop("module", None) or Classifier(), Watched(folder)
+    module, watched = options.pop("module", None) or Classifier("small"), Watched(folder)
     saving = ModelCheckpoint(folder, filename="{step}", save_top_k=-1)
     callbacks = [callback, watched, saving] if folder else [callback]
     trainer = L.Trainer(
         **{**QUIET, "max_epochs": EPOCHS, "callbacks": callbacks, "enable_checkpointing": bool(folder)},
         **trainer_options,
     )
-    trainer.fit(module, stream(worker, EPOCH, options.pop("start", 0)), held_out(worker), **options)
+    validation = held_out(worker) if options.pop("validates", True) else None
+    trainer.fit(module, stream(worker, EPOCH, options.pop("start", 0)), validation, **options)
     names = sorted(path.name for path in Path(folder).glob("*.ckpt")) if folder else []
     loaded = {name: torch.load(f"{folder}/{name}", weights_only=True) for name in names}
     found = {
@@ -92,18 +93,33 @@ def train(worker: int, trainer_options: dict[str, Any], callback: Any, folder: s
     return {"state": clone_state(module), "losses": watched.losses, "saved": found, "average": clone_state(average)}
 
 
-def alone(worker: int, name: str, face: str, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    ours = {"strategy": make_strategy(face, momentum="keep"), "devices": 1}
-    plain = {"strategy": "auto", "devices": 1}
-    return (
-        train(worker, ours, CALLBACKS[name](), f"{folder}/ours"),
-        train(worker, plain, CALLBACKS[name](), f"{folder}/plain"),
-    )
+ALONE = [*((name, "resist") for name in CALLBACKS), ("ema", "local_sgd")]
 
 
-@pytest.mark.parametrize(("name", "face"), [*((name, "resist") for name in CALLBACKS), ("ema", "local_sgd")], ids=str)
-def test_one_worker_averages_as_lightning_does(name: str, face: str, tmp_path: Path) -> None:
-    ((ours, plain),) = run_trainers(alone, 1, name, face, str(tmp_path))
+def alone(worker: int, folder: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """For each callback and strategy, the training under the strategy and that without one."""
+    found = []
+    for number, (name, face) in enumerate(ALONE):
+        ours = {"strategy": make_strategy(face, momentum="keep"), "devices": 1}
+        plain = {"strategy": "auto", "devices": 1}
+        found.append(
+            (
+                train(worker, ours, CALLBACKS[name](), f"{folder}/{number}/ours"),
+                train(worker, plain, CALLBACKS[name](), f"{folder}/{number}/plain"),
+            )
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_one_worker(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    (found,) = run_trainers(alone, 1, str(tmp_path_factory.mktemp("alone")))
+    return dict(zip(ALONE, found, strict=True))
+
+
+@pytest.mark.parametrize(("name", "face"), ALONE, ids=str)
+def test_one_worker_averages_as_lightning_does(of_one_worker: Any, name: str, face: str) -> None:
+    ours, plain = of_one_worker[name, face]
 
     assert ours["losses"] == plain["losses"]
     assert len(ours["losses"]) == EPOCHS
@@ -117,11 +133,12 @@ def test_one_worker_averages_as_lightning_does(name: str, face: str, tmp_path: P
 # Several workers.
 
 
-def averages_by_formula(config: Config, steps: int, workers: int = 2) -> nn.Module:
-    """The full model of averages: each worker averages what it holds, and hands a block over with its average."""
-    simulator = Simulator(Classifier(), lambda copy: copy.configure_optimizers(), config, workers)  # type: ignore[operator]
+def averages_by_formula(config: Config, after: tuple[int, ...], workers: int = 2) -> dict[int, nn.Module]:
+    """Full models of averages after some steps: each worker averages what it holds, and hands a block's average on."""
+    simulator = Simulator(Classifier("small"), lambda copy: copy.configure_optimizers(), config, workers)  # type: ignore[operator]
     averages: list[dict[str, Tensor]] = [{} for _ in range(workers)]
-    for step in range(steps):
+    found = {}
+    for step in range(max(after)):
         held = simulator.schedule.partition(simulator.clock.round).held
         for number, worker in enumerate(simulator.workers):
             module: Any = worker.module
@@ -139,11 +156,25 @@ def averages_by_formula(config: Config, steps: int, workers: int = 2) -> nn.Modu
         simulator.after_step()
         if simulator.clock.round > round:
             hand_over(simulator, averages, round)
-    with torch.no_grad():
-        for worker, average in zip(simulator.workers, averages, strict=True):
-            for name, value in worker.tensors().items():
-                value.copy_(average.get(name, value))
-    return simulator.full_model()
+        if step + 1 in after:
+            found[step + 1] = full_model_of(simulator, averages)
+    return found
+
+
+@torch.no_grad()
+def full_model_of(simulator: Simulator, averages: list[dict[str, Tensor]]) -> nn.Module:
+    """The full model if each worker's tensors were its averages."""
+    trained = [{name: value.clone() for name, value in worker.tensors().items()} for worker in simulator.workers]
+    put(simulator, averages)
+    full = simulator.full_model()
+    put(simulator, trained)
+    return full
+
+
+def put(simulator: Simulator, values: list[dict[str, Tensor]]) -> None:
+    for worker, own in zip(simulator.workers, values, strict=True):
+        for name, value in worker.tensors().items():
+            value.copy_(own.get(name, value))
 
 
 def hand_over(simulator: Simulator, averages: list[dict[str, Tensor]], round: int) -> None:
@@ -167,30 +198,56 @@ def together(worker: int, name: str, folder: str) -> dict[str, Any]:
     found = train(worker, options, ema(), folder, module=module)
     engine = options["strategy"].engine
     found["bytes"] = {kind: engine.collective.sent_bytes[kind] for kind in SYNC_KINDS}
+    if name in RESUMED:
+        # The batches of an unfinished epoch are fetched again.
+        found["resumed"] = [resume(worker, name, start, f"{folder}/{file}") for start, file in MIDDLES]
+    if name == "resist":
+        without = train(worker, options_of(name), ema(), "", module=Counting(), validates=False)
+        found["without validations"] = without["state"]
     return found
 
 
+RESUMED = ("local_sgd", "resist")
+MIDDLES = ((0, "4.ckpt"), (5, "step=5.ckpt"))
+
+
+def resume(worker: int, name: str, start: int, path: str) -> dict[str, Tensor]:
+    found = train(worker, options_of(name), ema(), "", module=Counting(seed=8), start=start, ckpt_path=path)
+    state: dict[str, Tensor] = found["state"]
+    return state
+
+
+def train_all(worker: int, folder: str) -> dict[str, dict[str, Any]]:
+    return {name: together(worker, name, f"{folder}/{name}") for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def of_two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return run_trainers(train_all, 2, str(tmp_path_factory.mktemp("together")))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_workers_average_what_they_hold_and_see_the_mean(name: str, tmp_path: Path) -> None:
-    first, second = run_trainers(together, 2, name, str(tmp_path))
+def test_workers_average_what_they_hold_and_see_the_mean(of_two_workers: Any, name: str) -> None:
+    first, second = (found[name] for found in of_two_workers)
 
     config = options_of(name)["strategy"].config
     check_bytes([first, second], config)
     for key in ("state", "average"):
         assert_equal_states(first[key], second[key], exactly=True)
-    assert first["losses"] == second["losses"]
-    assert first["state"].pop("validations") == first["average"].pop("validations") == EPOCHS
-    for step, loss, file in ((5, first["losses"][0], "step=5.ckpt"), (10, first["losses"][1], "step=10.ckpt")):
-        expected: Any = averages_by_formula(config, step)
-        saved = first["saved"][file]
-        assert (saved.pop("validations"), saved.pop("n_averaged")) == (step / 5, step)
-        assert_equal_states(saved, clone_state(expected), exactly=False)
-        assert loss == pytest.approx(evaluate(expected, 2)["loss"], rel=1e-4)
-    assert_equal_states(first["state"], clone_state(expected), exactly=False)
     assert_equal_states(first["average"], first["state"], exactly=True)
-    middle = first["saved"]["4.ckpt"]
+    assert first["losses"] == second["losses"]
+    expected: Any = averages_by_formula(config, (4, 5, 10))
+    for step, loss in ((5, first["losses"][0]), (10, first["losses"][1])):
+        saved = dict(first["saved"][f"step={step}.ckpt"])
+        assert (saved.pop("validations"), saved.pop("n_averaged")) == (step / 5, step)
+        assert_equal_states(saved, clone_state(expected[step]), exactly=False)
+        assert loss == pytest.approx(evaluate(expected[step], 2)["loss"], rel=1e-4)
+    end = dict(first["state"])
+    assert end.pop("validations") == EPOCHS
+    assert_equal_states(end, clone_state(expected[10]), exactly=False)
+    middle = dict(first["saved"]["4.ckpt"])
     del middle["validations"], middle["n_averaged"]
-    assert_equal_states(middle, clone_state(averages_by_formula(config, 4)), exactly=False)
+    assert_equal_states(middle, clone_state(expected[4]), exactly=False)
 
 
 def check_bytes(found: list[dict[str, Any]], config: Config) -> None:
@@ -208,37 +265,19 @@ def check_bytes(found: list[dict[str, Any]], config: Config) -> None:
         assert (found[worker]["bytes"]["state"] > 0) == bool(layout.blocks)
 
 
-def resume(worker: int, name: str, folder: str) -> list[dict[str, Tensor]]:
-    unbroken = train(worker, options_of(name), ema(), folder, module=Counting())
-    states = [unbroken["state"]]
-    for start, file in ((0, "4.ckpt"), (5, "step=5.ckpt")):  # the batches of an unfinished epoch are fetched again
-        found = train(
-            worker, options_of(name), ema(), "", module=Counting(seed=8), start=start, ckpt_path=f"{folder}/{file}"
-        )
-        states.append(found["state"])
-    return states
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_training_ends_with_the_averages_of_the_unbroken_one(of_two_workers: Any, name: str) -> None:
+    for found in (each[name] for each in of_two_workers):
+        assert len(found["resumed"]) == len(MIDDLES)
+        for state in found["resumed"]:
+            assert_equal_states(state, found["state"], exactly=True)
 
 
-@pytest.mark.parametrize("name", ["local_sgd", "resist"])
-def test_a_resumed_training_ends_with_the_averages_of_the_unbroken_one(name: str, tmp_path: Path) -> None:
-    for unbroken, *resumed in run_trainers(resume, 2, name, str(tmp_path)):
-        for state in resumed:
-            assert_equal_states(state, unbroken, exactly=True)
-
-
-def observe(worker: int) -> list[dict[str, Tensor]]:
-    states = []
-    for validates in (False, True):
-        module = Classifier()
-        trainer = make_trainer(make_strategy(), max_epochs=EPOCHS, callbacks=[ema()])
-        trainer.fit(module, stream(worker, EPOCH), held_out(worker) if validates else None)
-        states.append(clone_state(module))
-    return states
-
-
-def test_validations_change_no_average() -> None:
-    for without, validated in run_trainers(observe, 2):
-        assert_equal_states(without, validated, exactly=True)
+def test_validations_change_no_average(of_two_workers: Any) -> None:
+    for found in (each["resist"] for each in of_two_workers):
+        without, validated = dict(found["without validations"]), dict(found["state"])
+        assert (without.pop("validations"), validated.pop("validations")) == (0, EPOCHS)
+        assert_equal_states(validated, without, exactly=True)
 
 
 class ByFormula(L.Callback):
