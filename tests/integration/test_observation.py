@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import lightning as L
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from resist_lightning.callbacks import RoundMonitor
 from tests.helpers.plain import BATCH_SIZE, Classifier, batch_of
-from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers
+from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 
 BATCHES = 4
@@ -27,8 +26,8 @@ BATCHES = 4
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
     """Images that are changed at random, with all three global generators."""
 
-    def __init__(self, worker: int) -> None:
-        batches = [batch_of(worker, step) for step in range(BATCHES)]
+    def __init__(self, worker: int, count: int = BATCHES) -> None:
+        batches = [batch_of(worker, step) for step in range(count)]
         self.images = torch.cat([images for images, _ in batches])
         self.labels = torch.cat([labels for _, labels in batches])
 
@@ -64,10 +63,13 @@ class Drawing(Classifier):
 
 WATCHED: dict[str, dict[str, Any]] = {
     "validation after every batch": {"val_check_interval": 1},
-    "validation in the middle of rounds, and before": {"val_check_interval": 2, "num_sanity_val_steps": 2},
-    "checkpoints": {"every_n_train_steps": 1},
-    "all of it, with loggers": {"val_check_interval": 2, "every_n_train_steps": 2, "loggers": True},
-}
+    # Both after batches 2 and 4, checkpoints alone after batches 1 and 3.
+    "validations and more checkpoints, with loggers": {
+        "val_check_interval": 2, "num_sanity_val_steps": 2, "every_n_train_steps": 1, "loggers": True,
+    },
+}  # fmt: skip
+EVERYTHING = {"val_check_interval": 1, "num_sanity_val_steps": 2, "every_n_train_steps": 1, "loggers": True}
+"""All of it, after every batch."""
 
 
 Trained = tuple[dict[str, Tensor], list[int]]
@@ -92,69 +94,69 @@ def train(worker: int, seed: int, options: dict[str, Any], folder: str, fixed: d
         **options,
     )
     L.seed_everything(seed + worker, verbose=False)
-    module = Drawing(kind=kind_for(**fixed.get("strategy", {})), dropout=0.2, calls=fixed.get("calls", "net"))
-    validation = DataLoader(Augmented(100 + worker), BATCH_SIZE, shuffle=True)
+    module = Drawing(
+        kind="chain" if "face" in fixed.get("strategy", {}) else "small", dropout=0.2, calls=fixed.get("calls", "net")
+    )
+    validation = DataLoader(Augmented(100 + worker, 2), BATCH_SIZE, shuffle=True)
     trainer.fit(module, DataLoader(Augmented(worker), BATCH_SIZE, shuffle=True), validation)
     return clone_state(module), module.seen
 
 
-BUSIEST = ("validation after every batch", "all of it, with loggers")
+FIXED: dict[str, dict[str, Any]] = {
+    "blocks have several holders": {
+        "strategy": {"min_blocks": 3, "momentum": "travel", "warmup_rounds": 1, "batch_norm": "batch"}
+    },
+    # Gradients of a subnet do not fit the full model, and are set aside.
+    "neurons are dealt out and gradients accumulate": {
+        "accumulate": 4, "strategy": {"face": "ist", "local_steps": 1, "momentum": "travel"},
+    },
+    # Four batches a step, a step a round: the full model is assembled while gradients accumulate.
+    "gradients accumulate": {
+        "accumulate": 4, "calls": "self", "strategy": {"local_steps": 1, "batch_norm": "running"},
+    },
+}  # fmt: skip
 
 
-def train_all(worker: int, folder: str, fixed: dict[str, Any], watched: Sequence[str]) -> dict[str, Trained]:
-    states = {"unwatched": train(worker, 1, {}, folder, fixed), "other seed": train(worker, 2, {}, folder, fixed)}
-    for name in watched:
-        states[name] = train(worker, 1, WATCHED[name], f"{folder}/{name}", fixed)
-    return states
+def train_all(worker: int, folder: str) -> dict[str, dict[str, Trained]]:
+    found = {"": {"unwatched": train(worker, 1, {}, folder, {}), "other seed": train(worker, 2, {}, folder, {})}}
+    for name, options in WATCHED.items():
+        found[""][name] = train(worker, 1, options, f"{folder}/{name}", {})
+    for where, fixed in FIXED.items():
+        found[where] = {
+            "unwatched": train(worker, 1, {}, folder, fixed),
+            "everything": train(worker, 1, EVERYTHING, f"{folder}/{where}", fixed),
+        }
+    return found
 
 
-def assert_unchanged(results: list[dict[str, Trained]]) -> None:
-    for trained in results:
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Trained]]]:
+    return run_trainers(train_all, 2, str(tmp_path_factory.mktemp("observation")))
+
+
+def test_watching_changes_nothing(workers: Any) -> None:
+    for trained in (found[""] for found in workers):
         states = {name: state for name, (state, _) in trained.items()}
         unwatched, other = states.pop("unwatched"), states.pop("other seed")
         weights = [name for name, value in unwatched.items() if value.is_floating_point()]
         assert all(not torch.equal(unwatched[name], other[name]) for name in weights), "nothing random was used"
-        assert states.keys() >= set(BUSIEST)
+        assert states.keys() == WATCHED.keys()
         for state in states.values():
             assert_equal_states(state, unwatched, exactly=True)
 
 
-def assert_same_model_seen(results: list[dict[str, Trained]]) -> None:
-    mine, theirs = ({name: seen for name, (_, seen) in trained.items()} for trained in results)
+def test_all_see_the_same_model_whatever_else_is_watched(workers: Any) -> None:
+    mine, theirs = ({name: seen for name, (_, seen) in found[""].items()} for found in workers)
     assert mine == theirs, "the workers did not see the same full model"
     every_batch = mine["validation after every batch"]
     assert len(every_batch) == 2 * BATCHES
-    assert mine["all of it, with loggers"] == every_batch[1::2]
+    assert mine["validations and more checkpoints, with loggers"] == every_batch[1::2]
 
 
-def test_watching_changes_nothing(tmp_path: Path) -> None:
-    results = run_trainers(train_all, 2, str(tmp_path), {}, list(WATCHED))
-
-    assert_unchanged(results)
-    assert_same_model_seen(results)
-
-
-def test_watching_changes_nothing_where_blocks_have_several_holders(tmp_path: Path) -> None:
-    fixed = {"strategy": {"min_blocks": 3, "momentum": "travel", "warmup_rounds": 1, "batch_norm": "batch"}}
-    results = run_trainers(train_all, 2, str(tmp_path), fixed, BUSIEST)
-
-    assert_unchanged(results)
-    assert_same_model_seen(results)
-
-
-def test_watching_changes_nothing_where_neurons_are_dealt_out_and_gradients_accumulate(tmp_path: Path) -> None:
-    """Gradients of a subnet do not fit the full model, and are set aside."""
-    fixed = {"accumulate": 4, "strategy": {"face": "ist", "local_steps": 1, "momentum": "travel"}}
-    results = run_trainers(train_all, 2, str(tmp_path), fixed, BUSIEST)
-
-    assert_unchanged(results)
-    assert_same_model_seen(results)
-
-
-def test_watching_changes_nothing_while_gradients_accumulate(tmp_path: Path) -> None:
-    """Four batches a step, a step a round: the full model is assembled while gradients accumulate."""
-    fixed = {"accumulate": 4, "calls": "self", "strategy": {"local_steps": 1, "batch_norm": "running"}}
-    results = run_trainers(train_all, 2, str(tmp_path), fixed, BUSIEST)
-
-    assert_unchanged(results)
-    assert_same_model_seen(results)
+@pytest.mark.parametrize("where", FIXED)
+def test_watching_changes_nothing_where(workers: Any, where: str) -> None:
+    for trained in (found[where] for found in workers):
+        assert_equal_states(trained["everything"][0], trained["unwatched"][0], exactly=True)
+    mine, theirs = (found[where]["everything"][1] for found in workers)
+    assert mine == theirs, "the workers did not see the same full model"
+    assert len(mine) == 2 * BATCHES
