@@ -21,7 +21,6 @@ from tests.helpers.auxnet import make_stages
 from tests.helpers.plain import Classifier, Late, batch_of, held_out
 from tests.helpers.trainers import (
     fit,
-    kind_for,
     loop_by_hand,
     make_strategy,
     make_trainer,
@@ -37,26 +36,24 @@ State = dict[str, Tensor]
 
 def trained(worker: int, module: type[Classifier], options: dict[str, Any]) -> State:
     made = module()
-    fit(worker, made, 8, **options)
+    fit(worker, made, 5, **options)
     return clone_state(made)
 
 
 def by_hand(worker: int) -> State:
-    module = Classifier()
-    train_by_hand(worker, module, CONFIG, 8)
+    module = Classifier("small")
+    train_by_hand(worker, module, CONFIG, 5)
     return clone_state(module)
 
 
 # Modules that train like the ordinary one.
 
 
-class CallsItself(Classifier):
-    def __init__(self) -> None:
-        super().__init__(calls="self")
-
-
 class Different(Classifier):
-    """A module with other weights and statistics on every worker but worker 0."""
+    """A module that calls itself, with other weights and statistics on every worker but worker 0."""
+
+    def __init__(self) -> None:
+        super().__init__("small", calls="self")
 
     def setup(self, stage: str) -> None:
         if self.trainer.global_rank:
@@ -65,13 +62,18 @@ class Different(Classifier):
                     tensor.fill_(self.trainer.global_rank)
 
 
+class SmallLate(Late):
+    def __init__(self) -> None:
+        super().__init__("small")
+
+
 def train_each(worker: int) -> list[State]:
-    return [trained(worker, module, {}) for module in (CallsItself, Late, Different)]
+    return [trained(worker, module, {}) for module in (SmallLate, Different)]
 
 
 def test_they_train_as_the_ordinary_module_does() -> None:
     for states, expected in zip(*run_trainers_and_by_hand(train_each, by_hand, 2), strict=True):
-        assert len(states) == 3
+        assert len(states) == 2
         for state in states:
             assert_equal_states(state, expected, exactly=True)
 
@@ -79,14 +81,24 @@ def test_they_train_as_the_ordinary_module_does() -> None:
 # Precisions.
 
 
-def trained_in(worker: int, precision: str) -> State:
-    module = Classifier()
-    fit(worker, module, 8, precision=precision)
-    return clone_state(module)
+PRECISIONS = {"bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
+
+
+def trained_in_each(worker: int) -> list[State]:
+    found = []
+    for precision in PRECISIONS:
+        module = Classifier("small")
+        fit(worker, module, 5, precision=precision)
+        found.append(clone_state(module))
+    return found
+
+
+def by_hand_in_each(worker: int) -> list[State]:
+    return [by_hand_in(worker, precision) for precision in PRECISIONS]
 
 
 def by_hand_in(worker: int, precision: str) -> State:
-    module = Classifier()
+    module = Classifier("small")
     if precision == "bf16-true":
         module.bfloat16()
     mixed = partial(torch.autocast, "cpu", dtype=torch.bfloat16, cache_enabled=False)
@@ -101,15 +113,15 @@ def by_hand_in(worker: int, precision: str) -> State:
         loss.backward()
         optimizer.step()
 
-    return loop_by_hand(module, [optimizer], range(8), train_step, context)
+    return loop_by_hand(module, [optimizer], range(5), train_step, context)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)])
-def test_other_precisions_train_as_the_plain_loop_does(precision: str, dtype: torch.dtype) -> None:
-    for state, expected in zip(*run_trainers_and_by_hand(trained_in, by_hand_in, 2, precision), strict=True):
-        assert_equal_states(state, expected, exactly=True)
-        assert state["net.stem.weight"].dtype == dtype
-        assert state["net.stem.weight"].isfinite().all()
+def test_other_precisions_train_as_the_plain_loop_does() -> None:
+    for states, expected in zip(*run_trainers_and_by_hand(trained_in_each, by_hand_in_each, 2), strict=True):
+        for state, by_hand, dtype in zip(states, expected, PRECISIONS.values(), strict=True):
+            assert_equal_states(state, by_hand, exactly=True)
+            assert state["net.stem.weight"].dtype == dtype
+            assert state["net.stem.weight"].isfinite().all()
 
 
 # Networks beside the trained one.
@@ -118,8 +130,8 @@ def test_other_precisions_train_as_the_plain_loop_does(precision: str, dtype: to
 class WithTeacher(Classifier):
     """A module with a teacher, called without gradients, whose batch norm is never in training mode."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, kind: str = "small") -> None:
+        super().__init__(kind)
         self.teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False)
         self.teacher[1].running_mean.fill_(5.0)
         self.teacher[1].running_var.fill_(2.0)
@@ -132,16 +144,16 @@ class WithTeacher(Classifier):
 
 
 class WithFrozenStatistics(Classifier):
-    """A module whose first section keeps its batch-norm statistics, as is usual in fine-tuning."""
+    """A module whose first block, which all workers hold, keeps its batch-norm statistics, as in fine-tuning."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, kind: str = "small") -> None:
+        super().__init__(kind)
         for norm in self.norms():
             norm.running_mean.fill_(5.0)
             norm.running_var.fill_(2.0)
 
     def norms(self) -> list[nn.BatchNorm2d]:
-        return [child for child in self.net.section1.modules() if isinstance(child, nn.BatchNorm2d)]
+        return [child for child in self.net.section3[0].modules() if isinstance(child, nn.BatchNorm2d)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         for norm in self.norms():
@@ -170,47 +182,56 @@ class Tunable(Classifier):
         self.lr = 0.05
 
 
-TUNED: dict[str, dict[str, Any]] = {
-    "resist": {"warmup_rounds": 1, "momentum": "keep"},
-    "local_sgd": {"wire": "int8"},
-    "ist": {"momentum": "travel"},
-    "auxnet": {"cuts": ["section2"]},
+TUNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "resist": ("small", {"warmup_rounds": 1, "momentum": "keep"}),
+    "local_sgd": ("chain", {"wire": "int8"}),
+    "ist": ("chain", {"momentum": "travel"}),
+    "auxnet": ("preact", {"cuts": ["section2"]}),
 }
+"""Networks and options."""
 
 
-def tune(worker: int, face: str, folder: str) -> list[tuple[State, int, int, Any]]:
-    """States, rounds, local steps and bytes sent: without a search for the learning rate, and with one."""
-    found = []
-    for how in ("not at all", "by a callback", "before")[: 3 if face == "resist" else 2]:
-        module = Tunable(kind_for(face))
-        data = DataLoader([batch_of(0, step) for step in range(8)], batch_size=None)  # type: ignore[arg-type]
-        strategy = make_stages(**TUNED[face]) if face == "auxnet" else make_strategy(face, **TUNED[face])
-        callbacks = [LearningRateFinder(num_training_steps=7)] if how == "by a callback" else []  # too few to choose by
-        trainer = make_trainer(strategy, max_epochs=1, default_root_dir=folder, callbacks=callbacks)
-        if how == "before":
-            result = Tuner(trainer).lr_find(module, data, num_training=7, update_attr=False)
-            assert result is not None
-            assert len(result.results["lr"]) == 7
-        trainer.fit(module, data)
-        engine = strategy.engine
-        assert engine is not None
-        sent = {kind: bytes for kind, bytes in engine.sent_bytes_by_worker.items() if kind != "control"}
-        found.append((clone_state(module), engine.clock.round, engine.clock.step, sent))
-    return found
+def tune_each(worker: int, folder: str) -> dict[str, list[tuple[State, int, int, Any]]]:
+    """By method: states, rounds, local steps and bytes sent, without a search for the learning rate and with one."""
+    ways = ["not at all", "by a callback", "before"]
+    return {face: [tune(face, how, folder) for how in ways[: 3 if face == "ist" else 2]] for face in TUNED}
+
+
+def tune(face: str, how: str, folder: str) -> tuple[State, int, int, Any]:
+    kind, options = TUNED[face]
+    module = Tunable(kind)
+    data = DataLoader([batch_of(0, step) for step in range(5)], batch_size=None)  # type: ignore[arg-type]
+    strategy = make_stages(**options) if face == "auxnet" else make_strategy(face, **options)
+    callbacks = [LearningRateFinder(num_training_steps=4)] if how == "by a callback" else []  # too few to choose by
+    trainer = make_trainer(strategy, max_epochs=1, default_root_dir=folder, callbacks=callbacks)
+    if how == "before":
+        result = Tuner(trainer).lr_find(module, data, num_training=4, update_attr=False)
+        assert result is not None
+        assert len(result.results["lr"]) == 4
+    trainer.fit(module, data)
+    engine = strategy.engine
+    assert engine is not None
+    sent = {kind: bytes for kind, bytes in engine.sent_bytes_by_worker.items() if kind != "control"}
+    return clone_state(module), engine.clock.round, engine.clock.step, sent
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[tuple[State, int, int, Any]]]]:
+    return run_trainers(tune_each, 2, str(tmp_path_factory.mktemp("tuned")))
 
 
 @pytest.mark.parametrize("face", TUNED)
-def test_a_search_for_the_learning_rate_leaves_no_trace(face: str, tmp_path: Path) -> None:
-    for untuned, *tuned in run_trainers(tune, 2, face, str(tmp_path)):
-        assert len(tuned) == (2 if face == "resist" else 1)
-        for state, *place in tuned:
+def test_a_search_for_the_learning_rate_leaves_no_trace(tuned: Any, face: str) -> None:
+    for untuned, *others in (found[face] for found in tuned):
+        assert len(others) == (2 if face == "ist" else 1)
+        for state, *place in others:
             assert_equal_states(state, untuned[0], exactly=True)
-            assert place == [2, 2, untuned[-1]]
+            assert place == [1, 2, untuned[-1]]
 
 
 def search_until_it_diverges(worker: int, folder: str) -> tuple[float, int, int]:
     """The learning rate found, the number of steps of the search, and of the training; on the worker's own data."""
-    module = Tunable("preact")
+    module = Tunable("chain")
     data = DataLoader([batch_of(worker, step) for step in range(40)], batch_size=None)  # type: ignore[arg-type]
     threshold = 1e-4 if worker == 0 else None  # stop at the first comparison, and never
     finder = LearningRateFinder(min_lr=1e-3, max_lr=1.0, num_training_steps=40, early_stop_threshold=threshold)
@@ -233,28 +254,25 @@ def test_a_search_that_stops_early_on_one_worker_stops_on_all(tmp_path: Path) ->
 
 
 class Gathering(Classifier):
-    def __init__(self, action: Any) -> None:
-        super().__init__()
-        self.action = action
+    """Sends messages when a validation ends, where any warning would be an error."""
 
     def on_validation_epoch_end(self) -> None:
         mine = torch.full((2,), float(self.global_rank))
         with warnings.catch_warnings():
-            warnings.simplefilter(self.action)
+            warnings.simplefilter("error")
             self.gathered = self.all_gather({"rank": mine})["rank"]
             self.largest = self.trainer.strategy.reduce(mine.clone(), reduce_op="max")
             self.told = self.trainer.strategy.broadcast({"from": self.global_rank})
 
 
-def gather(worker: int, action: str) -> tuple[Any, Any, Any]:
-    module = Gathering(action)
+def gather(worker: int) -> tuple[Any, Any, Any]:
+    module = Gathering("small")
     fit(worker, module, 4, val_dataloaders=held_out(worker))
     return module.gathered, module.largest, module.told
 
 
-@pytest.mark.parametrize("action", ["ignore", "error"])
-def test_a_module_may_gather_reduce_and_broadcast_in_validation(action: str) -> None:
-    for gathered, largest, told in run_trainers(gather, 2, action):
+def test_a_module_may_gather_reduce_and_broadcast_in_validation() -> None:
+    for gathered, largest, told in run_trainers(gather, 2):
         assert gathered.tolist() == [[0, 0], [1, 1]]
         assert largest.tolist() == [1, 1]
         assert told == {"from": 0}
@@ -290,7 +308,7 @@ def warn_of_much(worker: int) -> dict[str, int]:
             Talkative(),
             4 + worker,
             strategy,
-            max_epochs=3,
+            max_epochs=2,
             max_time="00:01:00:00",
             val_dataloaders=held_out(worker),
         )
