@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import lightning as L
-import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from torch.nn import functional
 
 from resist_lightning.methods.resist.network import select_blocks
 from tests.helpers.plain import Classifier, batch_of, held_out, make_net
-from tests.helpers.processes import run_workers
 from tests.helpers.trainers import fit, loop_by_hand, run_trainers, run_trainers_and_by_hand
 from tests.helpers.training import assert_equal_states, clone_state
 
@@ -40,13 +38,13 @@ def assert_all_equal(results: list[dict[str, Tensor]], expected: list[dict[str, 
 
 
 def accumulate(worker: int) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
-    module, notes = Classifier(), Notes()
+    module, notes = Classifier("small"), Notes()
     fit(worker, module, 5, accumulate_grad_batches=2, max_epochs=2, callbacks=[notes], gradient_clip_val=0.5)
     return clone_state(module), notes.clock
 
 
 def accumulate_by_hand(worker: int) -> dict[str, Tensor]:
-    module = Classifier()
+    module = Classifier("small")
     optimizer = module.configure_optimizers()
 
     def train_step(numbers: tuple[int, ...]) -> None:
@@ -78,8 +76,8 @@ class TwoPlayers(L.LightningModule):
         super().__init__()
         self.raw = raw
         self.automatic_optimization = False
-        self.player = make_net(seed=1)
-        self.rival = make_net(seed=2)
+        self.player = make_net("small", seed=1)
+        self.rival = make_net("small", seed=2)
         self.changed: list[int] = []
 
     def losses(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -109,7 +107,7 @@ def play(worker: int) -> list[tuple[dict[str, Tensor], list[tuple[int, int]], li
     found = []
     for raw in (False, True):
         module, notes = TwoPlayers(raw), Notes()
-        fit(worker, module, 8, callbacks=[notes])
+        fit(worker, module, 5, callbacks=[notes])
         found.append((clone_state(module), notes.clock, module.changed))
     return found
 
@@ -124,7 +122,7 @@ def play_by_hand(worker: int) -> dict[str, Tensor]:
             module.losses(batch_of(worker, step))[number].backward()
             optimizer.step()
 
-    return loop_by_hand(module, [first, second], range(8), train_step)
+    return loop_by_hand(module, [first, second], range(5), train_step)
 
 
 def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_within_it() -> None:
@@ -132,7 +130,7 @@ def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_withi
 
     results = list(itertools.chain(*by_worker))
     assert_all_equal([state for state, *_ in results], expected_states)
-    expected = [(number // 3, number % 3 + 1) for number in range(8)]
+    expected = [(number // 3, number % 3 + 1) for number in range(5)]
     assert [clock for _, clock, _ in results] == [expected] * 4
     assert [changed for *_, changed in results] == [[]] * 4
 
@@ -141,6 +139,9 @@ def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_withi
 
 
 class Overflowing(Classifier):
+    def __init__(self) -> None:
+        super().__init__("small")
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         worker, number = batch_idx
         loss = super().training_step(batch, number)
@@ -166,7 +167,7 @@ def overflow(worker: int) -> tuple[dict[str, Tensor], list[float]]:
     module = OverflowingUnderLightning(worker)
     plugin = MixedPrecision("16-mixed", "cpu", scaler())
     plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)  # only the scaler is of interest
-    fit(worker, module, 8, plugins=[plugin])
+    fit(worker, module, 5, plugins=[plugin])
     return clone_state(module), module.scales
 
 
@@ -180,14 +181,14 @@ def overflow_by_hand(worker: int) -> dict[str, Tensor]:
         scales.step(optimizer)
         scales.update(512.0 if step == 2 else None)  # agreed on at the first sync
 
-    return loop_by_hand(module, [optimizer], range(8), train_step)
+    return loop_by_hand(module, [optimizer], range(5), train_step)
 
 
 def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the_sync() -> None:
     results, expected = run_trainers_and_by_hand(overflow, overflow_by_hand, 2)
 
     assert_all_equal([state for state, _ in results], expected)
-    assert [scales for _, scales in results] == [[1024.0] * 3 + [512.0] * 5, [1024.0] * 2 + [512.0] * 6]
+    assert [scales for _, scales in results] == [[1024.0] * 3 + [512.0] * 2, [1024.0] * 2 + [512.0] * 3]
 
 
 # A gradient scaler, and an optimizer whose parameters are all absent on one worker in some rounds.
@@ -195,7 +196,7 @@ def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the
 
 class OneForABlock(Classifier):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("small")
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -211,12 +212,12 @@ class OneForABlock(Classifier):
             optimizer.zero_grad()
 
 
-def scale_by_hand(worker: int) -> tuple[dict[str, Tensor], bool]:
+def scale(worker: int) -> dict[str, Tensor]:
     module = OneForABlock()
     plugin = MixedPrecision("16-mixed", "cpu", scaler())
     plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
-    fit(worker, module, 8, plugins=[plugin])
-    return clone_state(module), module.trainer.global_step == 16
+    fit(worker, module, 5, plugins=[plugin])
+    return clone_state(module)
 
 
 def no_scale(worker: int) -> dict[str, Tensor]:
@@ -229,12 +230,12 @@ def no_scale(worker: int) -> dict[str, Tensor]:
             optimizer.step()
             optimizer.zero_grad()
 
-    return loop_by_hand(module, optimizers, range(8), train_step)
+    return loop_by_hand(module, optimizers, range(5), train_step)
 
 
 def test_a_grad_scaler_passes_over_an_optimizer_whose_parameters_are_absent() -> None:
-    results, expected = run_trainers_and_by_hand(scale_by_hand, no_scale, 2)
-    assert_all_equal([state for state, _ in results], expected)  # scales are powers of two
+    results, expected = run_trainers_and_by_hand(scale, no_scale, 2)
+    assert_all_equal(results, expected)  # scales are powers of two
 
 
 # Messages within a step, seen by the strategy or not.
@@ -242,7 +243,7 @@ def test_a_grad_scaler_passes_over_an_optimizer_whose_parameters_are_absent() ->
 
 class Chatting(Classifier):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("small")
         self.shapes: list[tuple[int, ...]] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
@@ -271,13 +272,12 @@ def test_messages_within_a_step_are_named_once() -> None:
     assert shapes == others == [(2,), (2,)]
 
 
-# Learning rates: per step, and after every epoch on a plateau.
+# Learning rates: halved every two steps, and a tenth after every epoch on a plateau.
 
 
 class Scheduled(Classifier):
-    def __init__(self, scheduler: str) -> None:
-        super().__init__()
-        self.scheduler = scheduler
+    def __init__(self) -> None:
+        super().__init__("small")
         self.rates: list[float] = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -285,48 +285,45 @@ class Scheduled(Classifier):
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
-        if self.scheduler == "step":
-            scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        by_step = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
         # No loss improves by so much: the rate falls after every epoch but the first.
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        on_plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=0.1, patience=0, threshold=1e9, threshold_mode="abs"
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+        return [optimizer], [
+            {"scheduler": by_step, "interval": "step"},
+            {"scheduler": on_plateau, "monitor": "val/loss"},
+        ]
 
 
-RATES = {
-    "step": [0.05 * 0.5 ** (step // 2) for step in range(12)],
-    "plateau": [0.05 * 0.1 ** max(step // 4 - 1, 0) for step in range(12)],
-}
+RATES = [0.05 * 0.5 ** (step // 2) * 0.1 ** max(step // 4 - 1, 0) for step in range(12)]
 
 
-def schedule(worker: int, scheduler: str) -> tuple[dict[str, Tensor], list[float]]:
-    module = Scheduled(scheduler)
+def schedule(worker: int) -> tuple[dict[str, Tensor], list[float]]:
+    module = Scheduled()
     fit(worker, module, 4, max_epochs=3, val_dataloaders=held_out(worker))
     return clone_state(module), module.rates
 
 
-def schedule_by_hand(worker: int, rates: list[float]) -> dict[str, Tensor]:
-    module = Classifier()
+def schedule_by_hand(worker: int) -> dict[str, Tensor]:
+    module = Classifier("small")
     optimizer = module.configure_optimizers()
 
-    def train_step(step: int) -> None:
-        optimizer.param_groups[0]["lr"] = rates[step]
+    def train_step(rate: tuple[int, float]) -> None:
+        step, optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         module.training_step(batch_of(worker, step), step).backward()
         optimizer.step()
 
-    return loop_by_hand(module, [optimizer], range(len(rates)), train_step)
+    return loop_by_hand(module, [optimizer], enumerate(RATES), train_step)
 
 
-@pytest.mark.parametrize("scheduler", RATES)
-def test_learning_rate_schedules_go_on_across_syncs(scheduler: str) -> None:
-    results = run_trainers(schedule, 2, scheduler)
+def test_learning_rate_schedules_go_on_across_syncs() -> None:
+    results, expected = run_trainers_and_by_hand(schedule, schedule_by_hand, 2)
 
     for _, rates in results:
-        assert rates == pytest.approx(RATES[scheduler], rel=1e-12)
-    assert_all_equal([state for state, _ in results], run_workers(schedule_by_hand, 2, results[0][1]))
+        assert rates == RATES
+    assert_all_equal([state for state, _ in results], expected)
 
 
 # Epochs: a border of an epoch is no border of a round.
@@ -335,17 +332,18 @@ def test_learning_rate_schedules_go_on_across_syncs(scheduler: str) -> None:
 def train_in_epochs(worker: int, lengths: list[int]) -> list[tuple[dict[str, Tensor], list[tuple[int, int]]]]:
     results = []
     for length in lengths:
-        module, notes = Classifier(), Notes()
-        fit(worker, module, length, max_epochs=-1, max_steps=11, callbacks=[notes])
+        module, notes = Classifier("small"), Notes()
+        fit(worker, module, length, max_epochs=-1, max_steps=8, callbacks=[notes])
         results.append((clone_state(module), notes.clock))
     return results
 
 
 def test_rounds_run_across_the_borders_of_epochs() -> None:
-    results = run_trainers(train_in_epochs, 2, [20, 4, 1])
+    """Epochs of four batches are in ``test_fit``."""
+    results = run_trainers(train_in_epochs, 2, [20, 1])
 
     in_one_epoch, clock = results[0][0]
-    assert clock == [(number // 3, number % 3 + 1) for number in range(11)]
+    assert clock == [(number // 3, number % 3 + 1) for number in range(8)]
     for state, same_clock in [*results[0], *results[1]]:
         assert_equal_states(state, in_one_epoch, exactly=True)
         assert same_clock == clock
