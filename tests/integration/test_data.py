@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from resist_lightning import Config, WorkersDisagree
+from resist_lightning import NeuronConfig, WorkersDisagree
 from tests.helpers.plain import Classifier, batch_of, held_out, stream
 from tests.helpers.trainers import (
     fit,
@@ -34,38 +34,50 @@ LENGTHS = (7, 5)
 # Loaders of known length: all workers end with the shortest.
 
 
-def fit_uneven(worker: int, options: dict[str, Any], _: int) -> tuple[int, list[str], dict[str, Tensor]]:
-    module = Classifier()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = fit(worker, module, LENGTHS[worker], max_epochs=2, val_dataloaders=held_out(worker), **options)
-    told = [str(warning.message) for warning in caught if "batches; every epoch ends" in str(warning.message)]
-    return trainer.global_step, told, clone_state(module)
+CUT: list[tuple[dict[str, Any], int, str]] = [
+    ({}, 5, "[7, 5]"),
+    ({"limit_train_batches": 0.5}, 2, "[3, 2]"),
+    ({"limit_train_batches": 4}, 4, ""),
+]
+"""Options of the Trainer, the batches of an epoch, and what a warning tells of the loaders."""
 
 
-def cut_by_hand(worker: int, _: dict[str, Any], steps: int) -> dict[str, Tensor]:
-    module = Classifier()
-    train_by_hand(worker, module, Config(local_steps=3, min_blocks=1), steps)
-    return clone_state(module)
+def fit_uneven(worker: int) -> list[tuple[int, list[str], dict[str, Tensor]]]:
+    found = []
+    for options, _, _ in CUT:
+        module = Classifier("chain")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            strategy, validation = make_strategy("ist"), held_out(worker)
+            trainer = fit(
+                worker, module, LENGTHS[worker], strategy, max_epochs=2, val_dataloaders=validation, **options
+            )
+        told = [str(warning.message) for warning in caught if "batches; every epoch ends" in str(warning.message)]
+        found.append((trainer.global_step, told, clone_state(module)))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("options", "batches", "told"),
-    [({}, 5, "[7, 5]"), ({"limit_train_batches": 0.5}, 2, "[3, 2]"), ({"limit_train_batches": 4}, 4, "")],
-    ids=str,
-)
-def test_epochs_end_for_all_workers_with_the_shortest_loader(options: dict[str, Any], batches: int, told: str) -> None:
-    results, expected = run_trainers_and_by_hand(fit_uneven, cut_by_hand, 2, options, 2 * batches)
+def cut_by_hand(worker: int) -> list[dict[str, Tensor]]:
+    found = []
+    for _, batches, _ in CUT:
+        module = Classifier("chain")
+        train_by_hand(worker, module, NeuronConfig(local_steps=3), 2 * batches)
+        found.append(clone_state(module))
+    return found
 
-    for steps, _, state in results:
-        assert steps == 2 * batches
-        assert_equal_states(state, expected[0], exactly=True)
-    mine, theirs = results[0][1], results[1][1]
-    assert theirs == []
-    assert len(mine) == bool(told)  # no warning where the limit of the Trainer is the shortest
-    for each in mine:
-        assert f"{told} batches" in each
-        assert "Shard the data evenly" in each
+
+def test_epochs_end_for_all_workers_with_the_shortest_loader() -> None:
+    results, expected = run_trainers_and_by_hand(fit_uneven, cut_by_hand, 2)
+
+    for (_, batches, told), mine, theirs, state in zip(CUT, *results, expected[0], strict=True):
+        for steps, _, trained in (mine, theirs):
+            assert steps == 2 * batches
+            assert_equal_states(trained, state, exactly=True)
+        assert theirs[1] == []
+        assert len(mine[1]) == bool(told)  # no warning where the limit of the Trainer is the shortest
+        for each in mine[1]:
+            assert f"{told} batches" in each
+            assert "Shard the data evenly" in each
 
 
 EPOCHS = [(6, 6), (3, 5), (9, 8), (20, 9)]
@@ -91,7 +103,7 @@ class NewLoaders(L.LightningDataModule):
 
 class CountsBatches(Classifier):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("chain")
         self.batches: list[int] = []
 
     def on_train_epoch_start(self) -> None:
@@ -100,6 +112,13 @@ class CountsBatches(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.batches[-1] += 1
         return super().training_step(batch["a"] if isinstance(batch, dict) else batch, batch_idx)
+
+
+MODES = ["one", "max_size_cycle", "max_size", "min_size"]
+
+
+def fit_in_each_mode(worker: int) -> dict[str, tuple[list[int], int | float | None]]:
+    return {mode: fit_in_epochs_of_all_lengths(worker, mode) for mode in MODES}
 
 
 def fit_in_epochs_of_all_lengths(worker: int, mode: str) -> tuple[list[int], int | float | None]:
@@ -111,10 +130,8 @@ def fit_in_epochs_of_all_lengths(worker: int, mode: str) -> tuple[list[int], int
     return module.batches, trainer.limit_train_batches
 
 
-@pytest.mark.parametrize("mode", ["one", "max_size_cycle", "max_size", "min_size"])
-def test_an_epoch_is_as_long_as_its_own_loaders(mode: str) -> None:
-    results = run_trainers(fit_in_epochs_of_all_lengths, 2, mode)
-    assert results == [([6, 3, 8, 9], 1.0)] * 2
+def test_an_epoch_is_as_long_as_its_own_loaders() -> None:
+    assert run_trainers(fit_in_each_mode, 2) == [dict.fromkeys(MODES, ([6, 3, 8, 9], 1.0))] * 2
 
 
 # Loaders of unknown length: an error on all workers.
@@ -129,7 +146,7 @@ class Unsized(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def fit_unsized(worker: int, lengths: tuple[int, int], folder: str, options: dict[str, Any]) -> dict[str, Tensor]:
-    module, options = Classifier(), dict(options)
+    module, options = Classifier("small"), dict(options)
     callbacks = [ModelCheckpoint(folder)] if options.pop("saves", False) else []
     validation = held_out(worker) if options.pop("validates", False) else None
     trainer = make_trainer(
@@ -148,8 +165,8 @@ def assert_all_raise(folder: Path, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"validates": True, "saves": True}, {"saves": True}, {"saves": True, "reload_dataloaders_every_n_epochs": 1}],
-    ids=["alone", "with validation", "with a checkpoint after each epoch", "with new loaders after each epoch"],
+    [{}, {"validates": True, "saves": True}, {"saves": True, "reload_dataloaders_every_n_epochs": 1}],
+    ids=["alone", "with validation", "with a checkpoint and new loaders after each epoch"],
 )
 def test_loaders_of_unknown_length_that_end_apart_stop_all_workers(options: dict[str, Any], tmp_path: Path) -> None:
     """Collectives of ModelCheckpoint and of Lightning's loops must not pair with another worker's sync."""
@@ -181,7 +198,7 @@ class Seeing(Classifier):
     """Notes the numbers of the samples that it sees."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("chain")
         self.trained: dict[int, list[int]] = {}
         self.validated: dict[int, list[int]] = {}
 
@@ -194,17 +211,25 @@ class Seeing(Classifier):
         super().validation_step(batch[:2], batch_idx)
 
 
-def see(worker: int, data: str) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    module = Seeing()
-    trainer = make_trainer(make_strategy(data=data), max_epochs=2, use_distributed_sampler=True)
-    trainer.fit(module, DataLoader(Numbered(), 4, shuffle=True), DataLoader(Numbered(), 4))
-    return module.trained, module.validated
+def see(worker: int) -> dict[str, tuple[dict[int, list[int]], dict[int, list[int]]]]:
+    found = {}
+    for data in ("shard", "copy"):
+        module = Seeing()
+        trainer = make_trainer(make_strategy("local_sgd", data=data), max_epochs=2, use_distributed_sampler=True)
+        trainer.fit(module, DataLoader(Numbered(), 4, shuffle=True), DataLoader(Numbered(), 4))
+        found[data] = module.trained, module.validated
+    return found
+
+
+@pytest.fixture(scope="module")
+def seen() -> list[dict[str, tuple[dict[int, list[int]], dict[int, list[int]]]]]:
+    return run_trainers(see, 2)
 
 
 @pytest.mark.parametrize("data", ["shard", "copy"])
-def test_each_worker_sees_its_part_of_the_data_or_all_of_it_in_its_own_order(data: str) -> None:
+def test_each_worker_sees_its_part_of_the_data_or_all_of_it_in_its_own_order(seen: Any, data: str) -> None:
     everything = list(range(SAMPLES))
-    mine, theirs = run_trainers(see, 2, data)
+    mine, theirs = (found[data] for found in seen)
 
     for epoch in range(2):
         assert sorted(mine[1][epoch] + theirs[1][epoch]) == everything, "validation is not sharded"
