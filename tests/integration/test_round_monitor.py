@@ -41,7 +41,7 @@ def statistics_bytes(module: nn.Module) -> int:
     return sum(8 * norm.num_features for norm in module.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
-FULL = Classifier()
+FULL = Classifier("small")
 BLOCK_BYTES = held_bytes(FULL.net.section3[1])
 SHARED_BYTES = held_bytes(FULL) - 4 * BLOCK_BYTES
 GRADIENT_BYTES = 4 * parameters(FULL)
@@ -76,11 +76,15 @@ def shared_parameters(trainer: Any) -> Tensor:
     return torch.cat([tensor[:: 64 if len(tensor) >= 4096 else 1] for tensor in flat])
 
 
+def monitored_under_each(worker: int, folder: str) -> dict[str, AtBorders]:
+    return {face: monitored(worker, f"{folder}/{face}", face) for face in ("resist", "local_sgd")}
+
+
 def monitored(worker: int, folder: str, face: str) -> AtBorders:
     monitor, borders = RoundMonitor(every_n_rounds=2, picture_every_n_rounds=1), AtBorders()
     loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="board")]
     trainer = fit(
-        worker, Classifier(), STEPS, make_strategy(face), callbacks=[monitor, borders], default_root_dir=folder,
+        worker, Classifier("small"), STEPS, make_strategy(face), callbacks=[monitor, borders], default_root_dir=folder,
         logger=loggers, log_every_n_steps=1,
     )  # fmt: skip
     assert trainer.progress_bar_metrics["round"] == 2
@@ -93,10 +97,17 @@ def logged(folder: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row.get("sync/round")]
 
 
-def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path: Path) -> None:
-    borders = run_trainers(monitored, 2, str(tmp_path), "resist")
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, AtBorders]], Path]:
+    """The borders of each worker by strategy, and the folder of all reports."""
+    folder = tmp_path_factory.mktemp("reports")
+    return run_trainers(monitored_under_each, 2, str(folder)), folder
 
-    summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
+
+def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(reports: Any) -> None:
+    borders, folder = [found["resist"] for found in reports[0]], reports[1] / "resist"
+
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
     partitions = [[list(held) for held in draw_partition(4, 2, 1, 0, number).held] for number in range(3)]
     moved = [sum(handed_over(partitions[i], partitions[i + 1], w) for i in range(SYNCS)) for w in range(2)]
     assert sum(moved) > 0
@@ -133,7 +144,7 @@ def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path:
     assert 0 < seconds["sync"] < seconds["training"]
     assert seconds["observe"] > 0
 
-    (row,) = logged(tmp_path)  # one of two rounds
+    (row,) = logged(folder)  # one of two rounds
     assert float(row["sync/round"]) == 2
     assert 0 < float(row["sync/share_of_time"]) < 1
     assert float(row["sync/sent_MB_per_round"]) == pytest.approx((2 * SHARED_BYTES + moved[0]) / 2 / 1e6)
@@ -151,7 +162,7 @@ def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path:
     assert float(row["sync/change"]) == pytest.approx(float(change), rel=1e-3)
     assert 0 < float(row["sync/alignment"]) < 0.9999
 
-    board = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0}).Reload()
+    board = EventAccumulator(str(folder / "board"), size_guidance={"images": 0}).Reload()
     assert [picture.step for picture in board.Images("sync/partition")] == [3, 6]
 
 
@@ -159,7 +170,7 @@ def chooses(worker: int, folder: str) -> list[str]:
     told: list[str] = []
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: told.append(r.getMessage()) is None)
     fit(
-        worker, Classifier(), 13, make_strategy("local_sgd", overlap="auto"), callbacks=[RoundMonitor()],
+        worker, Classifier("chain"), 13, make_strategy("local_sgd", overlap="auto"), callbacks=[RoundMonitor()],
         default_root_dir=folder, logger=CSVLogger(folder, name="", version=""), log_every_n_steps=1,
     )  # fmt: skip
     return [text for text in told if "is chosen" in text]
@@ -177,10 +188,8 @@ def test_an_overlap_that_was_chosen_is_told_once_logged_and_in_the_summary(tmp_p
     assert [float(row["sync/overlap"]) for row in logged(tmp_path)] == [0, 0, chosen, chosen]
 
 
-def test_the_summary_of_local_sgd_has_the_numbers_of_the_closed_form(tmp_path: Path) -> None:
-    run_trainers(monitored, 2, str(tmp_path), "local_sgd")
-
-    summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
+def test_the_summary_of_local_sgd_has_the_numbers_of_the_closed_form(reports: Any) -> None:
+    summary = json.loads((reports[1] / "local_sgd" / SUMMARY_FILE).read_text())
     assert (summary["strategy"], summary["rounds"], summary["blocks"]) == ("local_sgd", 3, [])
     assert summary["sent_bytes"]["shared"] == [SYNCS * held_bytes(FULL)] * 2
     assert summary["sent_bytes"]["hand_over"] == [0, 0]
@@ -195,7 +204,7 @@ def test_the_summary_of_local_sgd_has_the_numbers_of_the_closed_form(tmp_path: P
 def monitored_under_ddp(worker: int, folder: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(worker, Classifier(), 2, "ddp", callbacks=[RoundMonitor()], default_root_dir=folder)
+        fit(worker, Classifier("chain"), 2, "ddp", callbacks=[RoundMonitor()], default_root_dir=folder)
     return [str(warning.message) for warning in caught if "RoundMonitor" in str(warning.message)]
 
 
@@ -212,25 +221,20 @@ def test_under_another_strategy_it_says_that_it_has_nothing_to_report(tmp_path: 
 
 def monitored_again(worker: int, folder: str) -> dict[str, Any]:
     trainer = make_trainer(make_strategy(), max_epochs=1, default_root_dir=folder)
-    trainer.fit(Classifier(), stream(worker, 9))
+    trainer.fit(Classifier("small"), stream(worker, 9))
     trainer.save_checkpoint(f"{folder}/end.ckpt")
     monitor = RoundMonitor()
     again = make_trainer(make_strategy(), max_epochs=2, default_root_dir=folder, callbacks=[monitor])
     data = stream(worker, 9, start=9)
-    again.fit(Classifier(), data, ckpt_path=f"{folder}/end.ckpt")
+    again.fit(Classifier("small"), data, ckpt_path=f"{folder}/end.ckpt")
     return monitor.summary(again.strategy, again.strategy.engine)
 
 
-def test_after_a_resume_there_is_one_row_for_each_sync(tmp_path: Path) -> None:
+def test_after_a_resume_there_is_one_row_for_each_sync_and_all_bytes_are_of_the_same_steps(tmp_path: Path) -> None:
     summary = run_trainers(monitored_again, 2, str(tmp_path))[0]
 
     assert [step for step, _ in summary["sent_by_round"]] == [12, 15]
     assert [sent > 0 for _, sent in summary["sent_by_round"]] == [True, True]
-
-
-def test_after_a_resume_all_bytes_are_of_the_same_steps(tmp_path: Path) -> None:
-    summary = run_trainers(monitored_again, 2, str(tmp_path))[0]
-
     assert summary["sent_bytes"]["shared"] == [SYNCS * SHARED_BYTES] * 2
     assert summary["local_sgd_bytes"] == SYNCS * held_bytes(FULL)
     assert summary["ddp_bytes"] == 9 * GRADIENT_BYTES
@@ -259,7 +263,7 @@ class TwoOptimizers(Classifier):
     """Steps twice a batch, so that global_step is twice as fast as the steps of loggers."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("small")
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -322,4 +326,4 @@ def test_a_summary_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -
 
 def monitored_in_a_file(worker: int, folder: str) -> None:
     with pytest.warns(UserWarning, match=r"resist_summary\.json could not be written"):
-        fit(worker, Classifier(), STEPS, make_strategy(), callbacks=[RoundMonitor()], default_root_dir=folder)
+        fit(worker, Classifier("small"), 4, make_strategy(), callbacks=[RoundMonitor()], default_root_dir=folder)
