@@ -17,7 +17,7 @@ from tests.helpers.ist import ONE_AT_A_TIME, Run, make_net
 from tests.helpers.nets import MlpBlock, mlp
 from tests.helpers.plain import Classifier, batch_of, held_out, stream
 from tests.helpers.threads import run_threads
-from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers
+from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
 
 METHODS: dict[str, Any] = {
     "resist": (lambda: mlp(MlpBlock), Config(local_steps=1, blocks="body.*", min_blocks=1), torch.randn(8, 3)),
@@ -100,7 +100,7 @@ class Looking(Classifier):
     """Calls its network in hooks and in training steps, where a part may be of use."""
 
     def __init__(self, face: str) -> None:
-        super().__init__(kind=kind_for(face))
+        super().__init__(kind="chain" if face == "ist" else "small")
         self.said: list[str] = []
         self.full: list[float] = []
 
