@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +18,13 @@ from torch.utils.data import DataLoader
 from resist_lightning import Config
 from tests.helpers.auxnet import make_stages
 from tests.helpers.plain import Classifier, Late, batch_of, held_out
+from tests.helpers.processes import run_workers
 from tests.helpers.trainers import (
     fit,
     loop_by_hand,
     make_strategy,
     make_trainer,
     run_trainers,
-    run_trainers_and_by_hand,
     train_by_hand,
 )
 from tests.helpers.training import assert_equal_states, clone_state
@@ -34,9 +33,9 @@ CONFIG = Config(local_steps=3, min_blocks=1)
 State = dict[str, Tensor]
 
 
-def trained(worker: int, module: type[Classifier], options: dict[str, Any]) -> State:
+def trained_as(worker: int, module: type[Classifier]) -> State:
     made = module()
-    fit(worker, made, 5, **options)
+    fit(worker, made, 5)
     return clone_state(made)
 
 
@@ -44,6 +43,37 @@ def by_hand(worker: int) -> State:
     module = Classifier("small")
     train_by_hand(worker, module, CONFIG, 5)
     return clone_state(module)
+
+
+def by_trainers(worker: int, folder: str) -> dict[str, Any]:
+    return {
+        "ordinary": [trained_as(worker, module) for module in (SmallLate, Different)],
+        "precisions": trained_in_each(worker),
+        "frozen": trained_as(worker, WithBoth),
+        "gathered": gather(worker),
+        "diverged": search_until_it_diverges(worker, folder),
+        "tuned": tune_each(folder),
+    }
+
+
+def all_by_hand(worker: int) -> dict[str, Any]:
+    return {"ordinary": by_hand(worker), "precisions": by_hand_in_each(worker)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Each worker's results of all trainings in this file but that of warnings."""
+    return by_name(run_trainers(by_trainers, 2, str(tmp_path_factory.mktemp("modules"))))
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[Any]]:
+    """The same by hand."""
+    return by_name(run_workers(all_by_hand, 2))
+
+
+def by_name(found: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [each[name] for each in found] for name in found[0]}
 
 
 # Modules that train like the ordinary one.
@@ -67,15 +97,11 @@ class SmallLate(Late):
         super().__init__("small")
 
 
-def train_each(worker: int) -> list[State]:
-    return [trained(worker, module, {}) for module in (SmallLate, Different)]
-
-
-def test_they_train_as_the_ordinary_module_does() -> None:
-    for states, expected in zip(*run_trainers_and_by_hand(train_each, by_hand, 2), strict=True):
+def test_they_train_as_the_ordinary_module_does(trained: Any, expected: Any) -> None:
+    for states, by_hand in zip(trained["ordinary"], expected["ordinary"], strict=True):
         assert len(states) == 2
         for state in states:
-            assert_equal_states(state, expected, exactly=True)
+            assert_equal_states(state, by_hand, exactly=True)
 
 
 # Precisions.
@@ -116,9 +142,9 @@ def by_hand_in(worker: int, precision: str) -> State:
     return loop_by_hand(module, [optimizer], range(5), train_step, context)
 
 
-def test_other_precisions_train_as_the_plain_loop_does() -> None:
-    for states, expected in zip(*run_trainers_and_by_hand(trained_in_each, by_hand_in_each, 2), strict=True):
-        for state, by_hand, dtype in zip(states, expected, PRECISIONS.values(), strict=True):
+def test_other_precisions_train_as_the_plain_loop_does(trained: Any, expected: Any) -> None:
+    for states, by_hands in zip(trained["precisions"], expected["precisions"], strict=True):
+        for state, by_hand, dtype in zip(states, by_hands, PRECISIONS.values(), strict=True):
             assert_equal_states(state, by_hand, exactly=True)
             assert state["net.stem.weight"].dtype == dtype
             assert state["net.stem.weight"].isfinite().all()
@@ -160,10 +186,10 @@ class WithBoth(WithTeacher, WithFrozenStatistics):
     """A module with a teacher and frozen statistics."""
 
 
-def test_batch_norms_that_do_not_train_keep_their_statistics() -> None:
+def test_batch_norms_that_do_not_train_keep_their_statistics(trained: Any) -> None:
     statistics = {name: value for name, value in clone_state(WithBoth()).items() if (value == 5.0).all()}
     assert {name.split(".")[0] for name in statistics} == {"teacher", "net"}
-    for state in run_trainers(trained, 2, WithBoth, {}):
+    for state in trained["frozen"]:
         for name, value in statistics.items():
             torch.testing.assert_close(state[name], value)
 
@@ -186,7 +212,7 @@ TUNED: dict[str, tuple[str, dict[str, Any]]] = {
 """Networks and options."""
 
 
-def tune_each(worker: int, folder: str) -> dict[str, list[tuple[State, int, int, Any]]]:
+def tune_each(folder: str) -> dict[str, list[tuple[State, int, int, Any]]]:
     """By method: states, rounds, local steps and bytes sent, without a search for the learning rate and with one."""
     ways = ["not at all", "by a callback", "before"]
     return {face: [tune(face, how, folder) for how in ways[: 3 if face == "ist" else 2]] for face in TUNED}
@@ -210,14 +236,9 @@ def tune(face: str, how: str, folder: str) -> tuple[State, int, int, Any]:
     return clone_state(module), engine.clock.round, engine.clock.step, sent
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[tuple[State, int, int, Any]]]]:
-    return run_trainers(tune_each, 2, str(tmp_path_factory.mktemp("tuned")))
-
-
 @pytest.mark.parametrize("face", TUNED)
-def test_a_search_for_the_learning_rate_leaves_no_trace(tuned: Any, face: str) -> None:
-    for untuned, *others in (found[face] for found in tuned):
+def test_a_search_for_the_learning_rate_leaves_no_trace(trained: Any, face: str) -> None:
+    for untuned, *others in (found[face] for found in trained["tuned"]):
         assert len(others) == (2 if face == "ist" else 1)
         for state, *place in others:
             assert_equal_states(state, untuned[0], exactly=True)
@@ -237,9 +258,9 @@ def search_until_it_diverges(worker: int, folder: str) -> tuple[float, int, int]
     return module.lr, len(finder.optimal_lr.results["lr"]), trainer.global_step
 
 
-def test_a_search_that_stops_early_on_one_worker_stops_on_all(tmp_path: Path) -> None:
+def test_a_search_that_stops_early_on_one_worker_stops_on_all(trained: Any) -> None:
     """Lightning sets the stop flag of the worker whose loss diverges, then broadcasts worker 0's."""
-    first, second = run_trainers(search_until_it_diverges, 2, str(tmp_path))
+    first, second = trained["diverged"]
     assert first == second
     assert 1 < first[1] < 40
     assert first[2] == 2
@@ -266,9 +287,9 @@ def gather(worker: int) -> tuple[Any, Any, Any]:
     return module.gathered, module.largest, module.told
 
 
-def test_a_module_may_gather_reduce_and_broadcast_in_validation() -> None:
-    for gathered, largest, told in run_trainers(gather, 2):
-        assert gathered.tolist() == [[0, 0], [1, 1]]
+def test_a_module_may_gather_reduce_and_broadcast_in_validation(trained: Any) -> None:
+    for ranks, largest, told in trained["gathered"]:
+        assert ranks.tolist() == [[0, 0], [1, 1]]
         assert largest.tolist() == [1, 1]
         assert told == {"from": 0}
 

@@ -76,8 +76,13 @@ def shared_parameters(trainer: Any) -> Tensor:
     return torch.cat([tensor[:: 64 if len(tensor) >= 4096 else 1] for tensor in flat])
 
 
-def monitored_under_each(worker: int, folder: str) -> dict[str, AtBorders]:
-    return {face: monitored(worker, f"{folder}/{face}", face) for face in ("resist", "local_sgd")}
+def monitored_in_all_ways(worker: int, folder: str) -> dict[str, Any]:
+    return {
+        "resist": monitored(worker, f"{folder}/resist", "resist"),
+        "local_sgd": monitored(worker, f"{folder}/local_sgd", "local_sgd"),
+        "again": monitored_again(worker, f"{folder}/again"),
+        "not drawn": summary_without_drawing(worker, f"{folder}/ist"),
+    }
 
 
 def monitored(worker: int, folder: str, face: str) -> AtBorders:
@@ -98,10 +103,10 @@ def logged(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, AtBorders]], Path]:
-    """The borders of each worker by strategy, and the folder of all reports."""
+def reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """The results of each worker, and the folder of all reports."""
     folder = tmp_path_factory.mktemp("reports")
-    return run_trainers(monitored_under_each, 2, str(folder)), folder
+    return run_trainers(monitored_in_all_ways, 2, str(folder)), folder
 
 
 def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(reports: Any) -> None:
@@ -230,8 +235,8 @@ def monitored_again(worker: int, folder: str) -> dict[str, Any]:
     return monitor.summary(again.strategy, again.strategy.engine)
 
 
-def test_after_a_resume_there_is_one_row_for_each_sync_and_all_bytes_are_of_the_same_steps(tmp_path: Path) -> None:
-    summary = run_trainers(monitored_again, 2, str(tmp_path))[0]
+def test_after_a_resume_there_is_one_row_for_each_sync_and_all_bytes_are_of_the_same_steps(reports: Any) -> None:
+    summary = reports[0][0]["again"]
 
     assert [step for step, _ in summary["sent_by_round"]] == [12, 15]
     assert [sent > 0 for _, sent in summary["sent_by_round"]] == [True, True]
@@ -314,8 +319,8 @@ def summary_without_drawing(worker: int, folder: str) -> list[Any]:
         return [monitor.summary(trainer.strategy, engine)["partitions"], expected]
 
 
-def test_no_round_is_drawn_again_at_the_end(tmp_path: Path) -> None:
-    found, expected = run_trainers(summary_without_drawing, 2, str(tmp_path))[0]
+def test_no_round_is_drawn_again_at_the_end(reports: Any) -> None:
+    found, expected = reports[0][0]["not drawn"]
     assert found == expected
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.nn import functional
 
 from resist_lightning.methods.resist.network import select_blocks
 from tests.helpers.plain import Classifier, batch_of, held_out, make_net
-from tests.helpers.trainers import fit, loop_by_hand, run_trainers, run_trainers_and_by_hand
+from tests.helpers.trainers import fit, loop_by_hand, run_trainers_and_by_hand
 from tests.helpers.training import assert_equal_states, clone_state
 
 
@@ -32,6 +34,33 @@ class Notes(L.Callback):
 def assert_all_equal(results: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
     for result in results:
         assert_equal_states(result, expected[0], exactly=True)
+
+
+def by_trainers(worker: int) -> dict[str, Any]:
+    trainings: tuple[Callable[[int], Any], ...] = (accumulate, play, overflow, scale, chat, schedule, train_in_epochs)
+    return {training.__name__: training(worker) for training in trainings}
+
+
+def by_hand(worker: int) -> dict[str, Any]:
+    return {
+        "accumulate": accumulate_by_hand(worker),
+        "play": play_by_hand(worker),
+        "overflow": overflow_by_hand(worker),
+        "scale": train_unscaled_by_hand(worker),
+        "schedule": schedule_by_hand(worker),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Each worker's results of all trainings in this file, by the Trainer and by hand."""
+    return run_trainers_and_by_hand(by_trainers, by_hand, 2)
+
+
+def results_of(trained: Any, name: str) -> tuple[list[Any], list[Any]]:
+    """Each worker's result of a training, by the Trainer and by hand."""
+    results, expected = trained
+    return [found[name] for found in results], [found[name] for found in expected if name in found]
 
 
 # Gradient accumulation: epochs of five batches, two batches a step, so that steps fall on batches 2, 4 and 5.
@@ -57,8 +86,8 @@ def accumulate_by_hand(worker: int) -> dict[str, Tensor]:
     return loop_by_hand(module, [optimizer], [(0, 1), (2, 3), (4,), (5, 6), (7, 8), (9,)], train_step)
 
 
-def test_with_gradient_accumulation_a_round_counts_optimizer_steps() -> None:
-    results, expected_states = run_trainers_and_by_hand(accumulate, accumulate_by_hand, 2)
+def test_with_gradient_accumulation_a_round_counts_optimizer_steps(trained: Any) -> None:
+    results, expected_states = results_of(trained, "accumulate")
 
     assert_all_equal([state for state, _ in results], expected_states)
     # The sync of round 0, complete with batch 5, comes with the next batch.
@@ -125,8 +154,8 @@ def play_by_hand(worker: int) -> dict[str, Tensor]:
     return loop_by_hand(module, [first, second], range(5), train_step)
 
 
-def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_within_it() -> None:
-    by_worker, expected_states = run_trainers_and_by_hand(play, play_by_hand, 2)
+def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_within_it(trained: Any) -> None:
+    by_worker, expected_states = results_of(trained, "play")
 
     results = list(itertools.chain(*by_worker))
     assert_all_equal([state for state, *_ in results], expected_states)
@@ -184,8 +213,8 @@ def overflow_by_hand(worker: int) -> dict[str, Tensor]:
     return loop_by_hand(module, [optimizer], range(5), train_step)
 
 
-def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the_sync() -> None:
-    results, expected = run_trainers_and_by_hand(overflow, overflow_by_hand, 2)
+def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the_sync(trained: Any) -> None:
+    results, expected = results_of(trained, "overflow")
 
     assert_all_equal([state for state, _ in results], expected)
     assert [scales for _, scales in results] == [[1024.0] * 3 + [512.0] * 2, [1024.0] * 2 + [512.0] * 3]
@@ -220,7 +249,7 @@ def scale(worker: int) -> dict[str, Tensor]:
     return clone_state(module)
 
 
-def no_scale(worker: int) -> dict[str, Tensor]:
+def train_unscaled_by_hand(worker: int) -> dict[str, Tensor]:
     module = OneForABlock()
     optimizers = module.configure_optimizers()
 
@@ -233,8 +262,8 @@ def no_scale(worker: int) -> dict[str, Tensor]:
     return loop_by_hand(module, optimizers, range(5), train_step)
 
 
-def test_a_grad_scaler_passes_over_an_optimizer_whose_parameters_are_absent() -> None:
-    results, expected = run_trainers_and_by_hand(scale, no_scale, 2)
+def test_a_grad_scaler_passes_over_an_optimizer_whose_parameters_are_absent(trained: Any) -> None:
+    results, expected = results_of(trained, "scale")
     assert_all_equal(results, expected)  # scales are powers of two
 
 
@@ -266,8 +295,8 @@ def chat(worker: int) -> tuple[list[str], list[tuple[int, ...]]]:
     return [word for word in words for warning in told if str(warning.message).startswith(word)], module.shapes
 
 
-def test_messages_within_a_step_are_named_once() -> None:
-    (told, shapes), (_, others) = run_trainers(chat, 2)
+def test_messages_within_a_step_are_named_once(trained: Any) -> None:
+    (told, shapes), (_, others) = results_of(trained, "chat")[0]
     assert told == ["self.all_gather in training", "self.all_gather(sync_grads=True)", "something sends messages"]
     assert shapes == others == [(2,), (2,)]
 
@@ -318,8 +347,8 @@ def schedule_by_hand(worker: int) -> dict[str, Tensor]:
     return loop_by_hand(module, [optimizer], enumerate(RATES), train_step)
 
 
-def test_learning_rate_schedules_go_on_across_syncs() -> None:
-    results, expected = run_trainers_and_by_hand(schedule, schedule_by_hand, 2)
+def test_learning_rate_schedules_go_on_across_syncs(trained: Any) -> None:
+    results, expected = results_of(trained, "schedule")
 
     for _, rates in results:
         assert rates == RATES
@@ -329,18 +358,18 @@ def test_learning_rate_schedules_go_on_across_syncs() -> None:
 # Epochs: a border of an epoch is no border of a round.
 
 
-def train_in_epochs(worker: int, lengths: list[int]) -> list[tuple[dict[str, Tensor], list[tuple[int, int]]]]:
+def train_in_epochs(worker: int) -> list[tuple[dict[str, Tensor], list[tuple[int, int]]]]:
     results = []
-    for length in lengths:
+    for length in (20, 1):
         module, notes = Classifier("small"), Notes()
         fit(worker, module, length, max_epochs=-1, max_steps=8, callbacks=[notes])
         results.append((clone_state(module), notes.clock))
     return results
 
 
-def test_rounds_run_across_the_borders_of_epochs() -> None:
+def test_rounds_run_across_the_borders_of_epochs(trained: Any) -> None:
     """Epochs of four batches are in ``test_fit``."""
-    results = run_trainers(train_in_epochs, 2, [20, 1])
+    results = results_of(trained, "train_in_epochs")[0]
 
     in_one_epoch, clock = results[0][0]
     assert clock == [(number // 3, number % 3 + 1) for number in range(8)]
