@@ -21,7 +21,6 @@ from tests.helpers.trainers import (
     fit,
     make_strategy,
     make_trainer,
-    run_trainers,
     run_trainers_and_by_hand,
     run_trainers_to_the_end,
     train_by_hand,
@@ -29,6 +28,23 @@ from tests.helpers.trainers import (
 from tests.helpers.training import assert_equal_states, clone_state
 
 LENGTHS = (7, 5)
+
+
+def by_trainers(worker: int, folder: str) -> dict[str, Any]:
+    same_steps = {"max_steps": 8, "max_epochs": -1}
+    return {
+        "uneven": fit_uneven(worker),
+        "modes": {mode: fit_in_epochs_of_all_lengths(worker, mode) for mode in MODES},
+        "unsized": fit_unsized(worker, LENGTHS, folder, same_steps),
+        "seen": {data: see(worker, data) for data in ("shard", "copy")},
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Each worker's results of all trainings in this file that end well, and of those that are cut by hand."""
+    folder = str(tmp_path_factory.mktemp("trained"))
+    return run_trainers_and_by_hand(by_trainers, cut_by_hand, 2, folder)
 
 
 # Loaders of known length: all workers end with the shortest.
@@ -57,7 +73,7 @@ def fit_uneven(worker: int) -> list[tuple[int, list[str], dict[str, Tensor]]]:
     return found
 
 
-def cut_by_hand(worker: int) -> list[dict[str, Tensor]]:
+def cut_by_hand(worker: int, _: str) -> list[dict[str, Tensor]]:
     found = []
     for _, batches, _ in CUT:
         module = Classifier("chain")
@@ -66,13 +82,13 @@ def cut_by_hand(worker: int) -> list[dict[str, Tensor]]:
     return found
 
 
-def test_epochs_end_for_all_workers_with_the_shortest_loader() -> None:
-    results, expected = run_trainers_and_by_hand(fit_uneven, cut_by_hand, 2)
+def test_epochs_end_for_all_workers_with_the_shortest_loader(trained: Any) -> None:
+    results, expected = [found["uneven"] for found in trained[0]], trained[1]
 
     for (_, batches, told), mine, theirs, state in zip(CUT, *results, expected[0], strict=True):
-        for steps, _, trained in (mine, theirs):
+        for steps, _, found in (mine, theirs):
             assert steps == 2 * batches
-            assert_equal_states(trained, state, exactly=True)
+            assert_equal_states(found, state, exactly=True)
         assert theirs[1] == []
         assert len(mine[1]) == bool(told)  # no warning where the limit of the Trainer is the shortest
         for each in mine[1]:
@@ -117,10 +133,6 @@ class CountsBatches(Classifier):
 MODES = ["one", "max_size_cycle", "max_size", "min_size"]
 
 
-def fit_in_each_mode(worker: int) -> dict[str, tuple[list[int], int | float | None]]:
-    return {mode: fit_in_epochs_of_all_lengths(worker, mode) for mode in MODES}
-
-
 def fit_in_epochs_of_all_lengths(worker: int, mode: str) -> tuple[list[int], int | float | None]:
     module, data = CountsBatches(), NewLoaders(worker, mode)
     trainer = make_trainer(make_strategy("local_sgd"), max_epochs=3, reload_dataloaders_every_n_epochs=1)
@@ -130,8 +142,8 @@ def fit_in_epochs_of_all_lengths(worker: int, mode: str) -> tuple[list[int], int
     return module.batches, trainer.limit_train_batches
 
 
-def test_an_epoch_is_as_long_as_its_own_loaders() -> None:
-    assert run_trainers(fit_in_each_mode, 2) == [dict.fromkeys(MODES, ([6, 3, 8, 9], 1.0))] * 2
+def test_an_epoch_is_as_long_as_its_own_loaders(trained: Any) -> None:
+    assert [found["modes"] for found in trained[0]] == [dict.fromkeys(MODES, ([6, 3, 8, 9], 1.0))] * 2
 
 
 # Loaders of unknown length: an error on all workers.
@@ -173,11 +185,11 @@ def test_loaders_of_unknown_length_that_end_apart_stop_all_workers(options: dict
     assert_all_raise(tmp_path, options)
 
 
-def test_loaders_of_unknown_length_work_if_all_workers_take_the_same_steps(tmp_path: Path) -> None:
+def test_loaders_of_unknown_length_work_if_all_workers_take_the_same_steps(trained: Any) -> None:
     """The borders of their epochs may differ, as they are not borders of rounds."""
-    results = run_trainers(fit_unsized, 2, LENGTHS, str(tmp_path), {"max_steps": 8, "max_epochs": -1})
+    mine, theirs = (found["unsized"] for found in trained[0])
 
-    assert_equal_states(results[0], results[1], exactly=True)
+    assert_equal_states(mine, theirs, exactly=True)
 
 
 # Parts of the data.
@@ -211,25 +223,17 @@ class Seeing(Classifier):
         super().validation_step(batch[:2], batch_idx)
 
 
-def see(worker: int) -> dict[str, tuple[dict[int, list[int]], dict[int, list[int]]]]:
-    found = {}
-    for data in ("shard", "copy"):
-        module = Seeing()
-        trainer = make_trainer(make_strategy("local_sgd", data=data), max_epochs=2, use_distributed_sampler=True)
-        trainer.fit(module, DataLoader(Numbered(), 4, shuffle=True), DataLoader(Numbered(), 4))
-        found[data] = module.trained, module.validated
-    return found
-
-
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, tuple[dict[int, list[int]], dict[int, list[int]]]]]:
-    return run_trainers(see, 2)
+def see(worker: int, data: str) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    module = Seeing()
+    trainer = make_trainer(make_strategy("local_sgd", data=data), max_epochs=2, use_distributed_sampler=True)
+    trainer.fit(module, DataLoader(Numbered(), 4, shuffle=True), DataLoader(Numbered(), 4))
+    return module.trained, module.validated
 
 
 @pytest.mark.parametrize("data", ["shard", "copy"])
-def test_each_worker_sees_its_part_of_the_data_or_all_of_it_in_its_own_order(seen: Any, data: str) -> None:
+def test_each_worker_sees_its_part_of_the_data_or_all_of_it_in_its_own_order(trained: Any, data: str) -> None:
     everything = list(range(SAMPLES))
-    mine, theirs = (found[data] for found in seen)
+    mine, theirs = (found["seen"][data] for found in trained[0])
 
     for epoch in range(2):
         assert sorted(mine[1][epoch] + theirs[1][epoch]) == everything, "validation is not sharded"
@@ -237,11 +241,11 @@ def test_each_worker_sees_its_part_of_the_data_or_all_of_it_in_its_own_order(see
             assert sorted(mine[0][epoch] + theirs[0][epoch]) == everything
         else:
             assert sorted(mine[0][epoch]) == sorted(theirs[0][epoch]) == everything
-            orders = [mine[0][epoch], theirs[0][epoch], everything]
-            assert len({tuple(order) for order in orders}) == 3
+            different = [mine[0][epoch], theirs[0][epoch], everything]
+            assert len({tuple(order) for order in different}) == 3
         assert len(mine[0][epoch]) == len(theirs[0][epoch])
-    for trained, _ in (mine, theirs):
-        assert trained[0] != trained[1], "the second epoch has the order of the first"
+    for orders, _ in (mine, theirs):
+        assert orders[0] != orders[1], "the second epoch has the order of the first"
 
 
 def test_a_stream_is_made_for_one_pass() -> None:

@@ -230,8 +230,6 @@ def keep_graphs(worker: int, what: str) -> int:
 
 
 def test_a_graph_that_holds_the_weights_of_a_block_gives_a_clear_error() -> None:
-    assert run_trainers(keep_graphs, 2, "losses") == [5, 5]
-
     for outcome in run_trainers_to_the_end(keep_graphs, 2, "outputs", timeout=SOON_SECONDS):
         assert isinstance(outcome.error, RuntimeError)
         assert "section3" in str(outcome.error)
@@ -259,10 +257,6 @@ def refuse_averaging(worker: int) -> bool:
     return dist.is_initialized()
 
 
-def test_stochastic_weight_averaging_is_refused_in_workers_too() -> None:
-    assert run_trainers(refuse_averaging, 2) == [False, False]
-
-
 # After an error.
 
 
@@ -281,6 +275,23 @@ def fit_after_an_error(worker: int) -> list[str]:
     return left + [name for name, parameter in module.named_parameters() if parameter.is_meta]
 
 
-def test_after_an_error_on_all_workers_another_trainer_works() -> None:
+def refuse_keep_and_fit(worker: int) -> tuple[bool, int, list[str]]:
+    return refuse_averaging(worker), keep_graphs(worker, "losses"), fit_after_an_error(worker)
+
+
+@pytest.fixture(scope="module")
+def workers() -> list[tuple[bool, int, list[str]]]:
+    return run_trainers(refuse_keep_and_fit, 2)
+
+
+def test_stochastic_weight_averaging_is_refused_in_workers_too(workers: Any) -> None:
+    assert [initialized for initialized, _, _ in workers] == [False, False]
+
+
+def test_losses_may_be_kept(workers: Any) -> None:
+    assert [kept for _, kept, _ in workers] == [5, 5]
+
+
+def test_after_an_error_on_all_workers_another_trainer_works(workers: Any) -> None:
     """In a group of its own: up to version 0.1 in the one that the error had left, whose connections may be cut."""
-    assert run_trainers(fit_after_an_error, 2) == [[], []]
+    assert [left for _, _, left in workers] == [[], []]

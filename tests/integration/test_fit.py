@@ -19,7 +19,6 @@ from tests.helpers.trainers import (
     QUIET,
     fit,
     make_strategy,
-    run_trainers,
     run_trainers_and_by_hand,
     traces,
     train_by_hand,
@@ -123,7 +122,8 @@ def by_hand(worker: int, case: Case) -> dict[str, Any]:
 
 
 def all_by_trainer(worker: int, cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
-    return {name: by_trainer(worker, case) for name, case in cases.items()}
+    found = {name: by_trainer(worker, case) for name, case in cases.items()}
+    return found | {"short": train_shortly(worker)} if "two workers" in cases else found
 
 
 def all_by_hand(worker: int, cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
@@ -198,7 +198,7 @@ def train_shortly(worker: int) -> dict[str, tuple[int, list[str], bool]]:
 
 
 def test_the_shortest_trainings_end_with_the_full_model_too_and_those_of_one_round_are_told_before() -> None:
-    told, heard = run_trainers(train_shortly, 2)
+    told, heard = (found["short"] for found in trained(2)[0])
     for name, (_, steps) in SHORT.items():
         assert told[name] == (steps, [], "shorter" in name or name == "overfit_batches"), name
         assert heard[name] == (steps, [], False), name  # rank 0 speaks for all

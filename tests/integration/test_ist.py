@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,27 +97,39 @@ def by_hand(worker: int, case: Fit) -> State:
     return clone_state(module)
 
 
-def all_by_trainer(worker: int, cases: dict[str, Fit]) -> dict[str, dict[str, Any]]:
-    return {name: by_trainer(worker, case) for name, case in cases.items()}
+def all_by_trainer(worker: int, cases: dict[str, Fit], folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {name: by_trainer(worker, case) for name, case in cases.items()}
+    if folder:
+        found |= {"monitored": monitored(worker, folder), "spoilt": train_spoilt(worker, "drop")}
+    return found
 
 
-def all_by_hand(worker: int, cases: dict[str, Fit]) -> dict[str, State]:
+def all_by_hand(worker: int, cases: dict[str, Fit], _: str) -> dict[str, State]:
     return {name: by_hand(worker, case) for name, case in cases.items()}
 
 
-@cache
-def trained(workers: int) -> tuple[list[dict[str, Any]], list[dict[str, State]]]:
-    """Each worker's results by case, and those of the plain loop, for all cases with this number of workers."""
-    cases = {name: case for name, case in FITS.items() if case.workers == workers}
-    return run_trainers_and_by_hand(all_by_trainer, all_by_hand, workers, cases)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("monitored")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[int, tuple[list[dict[str, Any]], list[dict[str, State]]]]:
+    """By number of workers, the results of each worker by case, and those of the plain loop."""
+    found = {}
+    for workers in (2, 3):
+        cases = {name: case for name, case in FITS.items() if case.workers == workers}
+        folder = str(folder) if workers == 2 else ""
+        found[workers] = run_trainers_and_by_hand(all_by_trainer, all_by_hand, workers, cases, folder)
+    return found
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_the_trainer_trains_what_the_plain_loop_trains(name: str) -> None:
+def test_the_trainer_trains_what_the_plain_loop_trains(trained: Any, name: str) -> None:
     """So every local step counts, also over the borders of epochs (check 6 of section 8)."""
     case = FITS[name]
 
-    results, expected = ([found[name] for found in by_worker] for by_worker in trained(case.workers))
+    results, expected = ([found[name] for found in by_worker] for by_worker in trained[case.workers])
 
     simulated = train_in_one_process(case.module(), case.config, case.workers, case.steps).full_model().state_dict()
     assert_equal_states(results[0]["state"], simulated)
@@ -172,8 +183,10 @@ def monitored(worker: int, folder: str) -> tuple[dict[str, float], dict[str, flo
     return logged, evaluate(module, 2), clone_state(module)
 
 
-def test_the_summary_has_the_numbers_of_the_closed_form_and_the_model_evaluates_as_logged(tmp_path: Path) -> None:
-    results = run_trainers(monitored, 2, str(tmp_path))
+def test_the_summary_has_the_numbers_of_the_closed_form_and_the_model_evaluates_as_logged(
+    trained: Any, folder: Path
+) -> None:
+    results = [found["monitored"] for found in trained[2][0]]
 
     for logged, evaluated, state in results:
         assert logged == pytest.approx(evaluated, abs=1e-6)
@@ -182,7 +195,7 @@ def test_the_summary_has_the_numbers_of_the_closed_form_and_the_model_evaluates_
     layout = NeuronLayout(module, NeuronConfig(local_steps=3, momentum="travel"), 2)
     states = OptimizerStates([module.configure_optimizers()])
     sent = [layout.hand_over_bytes(round, states) for round in (0, 1)]
-    summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
     assert summary["strategy"] == "ist"
     assert (summary["workers"], summary["rounds"], summary["local_steps"]) == (2, 3, 8)
     assert summary["blocks"] == ["net.0", "net.5", "net.8"]
@@ -208,11 +221,11 @@ def train_spoilt(worker: int, policy: str) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
 
 
-def test_nan_in_one_worker_ends_all_or_is_left_out() -> None:
+def test_nan_in_one_worker_ends_all_or_is_left_out(trained: Any) -> None:
     for outcome in run_trainers_to_the_end(train_spoilt, 2, "raise"):
         assert isinstance(outcome.error, NotFinite), outcome.traceback
         assert "after local step 3 of round 1: worker 1 in its neurons' part of net.0.weight" in str(outcome.error)
-    assert [outcome.value for outcome in run_trainers_to_the_end(train_spoilt, 2, "drop")] == [True, True]
+    assert [found["spoilt"] for found in trained[2][0]] == [True, True]
 
 
 class TooNarrow(Classifier):

@@ -207,7 +207,7 @@ TUNED: dict[str, tuple[str, dict[str, Any]]] = {
     "resist": ("small", {"warmup_rounds": 1, "momentum": "keep"}),
     "local_sgd": ("chain", {"wire": "int8"}),
     "ist": ("chain", {"momentum": "travel"}),
-    "auxnet": ("preact", {"cuts": ["section2"]}),
+    "auxnet": ("small", {"cuts": ["section3.1"]}),
 }
 """Networks and options."""
 

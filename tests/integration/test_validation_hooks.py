@@ -20,6 +20,16 @@ STEPS = 7  # validations after 2, 4 and 6; rounds end with 3 and 6
 EPOCH = 4
 
 
+def train_all(worker: int, folder: str) -> dict[str, dict[str, Any]]:
+    return {"swapped": train_in_all_ways(worker), "counted": count(worker, folder)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """Each worker's results of all trainings in this file, by method."""
+    return run_trainers(train_all, 2, str(tmp_path_factory.mktemp("trained")))
+
+
 class Swapping(SGD):
     """``eval()`` shows the running mean of the weights, ``train()`` puts the trained ones back, exactly."""
 
@@ -154,7 +164,7 @@ def train(
     return clone_state(module), module.shown, module.seen
 
 
-def train_all(worker: int) -> dict[str, dict[str, Any]]:
+def train_in_all_ways(worker: int) -> dict[str, dict[str, Any]]:
     """For each method the results without validations, where nothing is ever shown, and with them, in each way."""
     found: dict[str, dict[str, Any]] = {}
     for face, ways in WAYS.items():
@@ -163,15 +173,10 @@ def train_all(worker: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def swapped() -> list[dict[str, dict[str, Any]]]:
-    return run_trainers(train_all, 2)
-
-
 @pytest.mark.parametrize("face", WAYS)
-def test_swapped_weights_are_averaged_and_come_back(swapped: Any, face: str) -> None:
+def test_swapped_weights_are_averaged_and_come_back(trained: Any, face: str) -> None:
     """Training is bit for bit as without validations, in which all workers see the mean of their swapped weights."""
-    first, second = (found[face] for found in swapped)
+    first, second = (found["swapped"][face] for found in trained)
     for how in WAYS[face]:
         for found in (first, second):
             assert_equal_states(found[how][0], found["plain"][0], exactly=True)
@@ -262,16 +267,11 @@ def count_by(worker: int, face: str, folder: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    return run_trainers(count, 2, str(tmp_path_factory.mktemp("counted")))
-
-
 @pytest.mark.parametrize("face", KINDS)
-def test_buffers_that_a_validation_writes_stay_written_and_nothing_else_does(counted: Any, face: str) -> None:
+def test_buffers_that_a_validation_writes_stay_written_and_nothing_else_does(trained: Any, face: str) -> None:
     """As in one process, with two batches of eight images in each of three validations; also from checkpoints."""
     expected = [[0.5 + 0.25 * epoch, 16.0 * (epoch + 1), 2.0 * (epoch + 1), 0.75, epoch + 1.0] for epoch in range(3)]
-    for found in (each[face] for each in counted):
+    for found in (each["counted"][face] for each in trained):
         assert [row[:5] for row in found["history"]] == expected
         for epoch, row in enumerate(found["history"]):
             assert row[5] in (2.0 * (epoch + 1), -1.0)  # -1 if another worker holds the block
