@@ -170,7 +170,7 @@ def without_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     [(ResISTStrategy, ""), (ISTStrategy, "_spawn"), (AuxNetStrategy, "_notebook"), (LocalSGDStrategy, "")],
 )
 def test_by_name(face: Any, suffix: str) -> None:
-    """Every name is in ``unit/strategies/test_registry``."""
+    """All names are in ``unit/strategies/test_registry`` and ``test_auxnet_refusals``."""
     strategy = strategy_of(f"--trainer.strategy={face.strategy_name}{suffix}")
     assert type(strategy) is face
     assert strategy.config == face().config
