@@ -11,12 +11,29 @@ import pytest
 
 from experiments.app.build import check_evaluate, check_follow, check_train
 from experiments.app.launch import check_command_line
+from experiments.harness.settings import ConfigError
+from tests.conf.conftest import configuration
 from tests.helpers.programs import refusal
 
-BAD = {
+BAD_COMMAND_LINES = {
     "strategy.local_stepps=10": r"local_stepps=10: unknown key.*did you mean strategy\.local_steps\?",
     "+strategy.local_stepps=10": r"local_stepps=10: unknown key.*did you mean strategy\.local_steps\?",
     "strategy.local_steps=ten": r"strategy\.local_steps=ten: must be a whole number",
+    "strategy=auxnet strategy.local_steps=5": r"local_steps=5: unknown key; strategy=auxnet has .*method, beta",
+    "strategy=rsist": r"Could not find 'strategy/rsist'.*resist",
+    "strateg=resist": r"strateg=resist: unknown key.*did you mean strategy\?",
+    "strategy.local_steps": r"strategy\.local_steps: cannot be read as an override",
+    "strategy.local_steps=10,50": r"Ambiguous value for argument 'strategy\.local_steps=10,50'.*--multirun",
+    "-m strategy.local_steps=10,0": r"strategy\.local_steps=0 must be a whole number of at least 1",
+    "--multirun trainer.devices=1,2 strategy=single": r"trainer\.devices=2 with strategy=single",
+    "-m strategy.local_steps=interval(2,50)": r"local_steps=interval\(2,50\): a grid .*local_steps=2,50, or range\(",
+    "-m optimizer.lr=tag(x,interval(0.01,0.1))": r"interval\(0\.01,0\.1\)\): a grid .*optimizer\.lr=0\.01,0\.1",
+    "-m seed=range(1,5,0)": r"seed=range\(1,5,0\): has no values to try \(range\(\) arg 3 must not be zero\)",
+    "-m optimizer.lr=glob(*)": r"optimizer\.lr=glob\(\*\): has no values to try",
+    "-m +hydra.sweeper.params.seed=1": r"\+hydra\.sweeper\.params\.seed=1: cannot be put into",
+    "-m seed=1,2 strategy.start_method=popen": r"strategy\.start_method=popen:.*strategy\.start_method=spawn",
+}
+BAD_VALUES = {
     "strategy.local_steps=0": r"strategy\.local_steps=0 must be a whole number of at least 1 \(1 averages",
     "strategy.local_steps=1.5": r"strategy\.local_steps=1\.5: must be a whole number",
     "strategy.local_steps=null": r"strategy\.local_steps=null: must be a whole number",
@@ -34,7 +51,6 @@ BAD = {
     "strategy=ist": r"strategy=ist with preact_resnet.*refuses residual networks.*fully connected ones \(model=mlp\)",
     "model=mlp": r"strategy=resist with mlp .*No residual block.*strategy=ist fully connected ones",
     "strategy.devices_per_worker=2 trainer.devices=3": r"devices_per_worker=2 does not divide the 3 processes",
-    "strategy=auxnet strategy.local_steps=5": r"local_steps=5: unknown key; strategy=auxnet has .*method, beta",
     "strategy=auxnet strategy.method=al": r"strategy\.method=al: must be one of delayed, penalty, al-net",
     "strategy=auxnet strategy.beta=0": r"strategy\.beta=0 must be a finite number above 0",
     "strategy=auxnet strategy.lambda_step=2": r"strategy\.lambda_step=2 must lie in \(0, 1\]; None takes",
@@ -46,8 +62,6 @@ BAD = {
     "experiment=ist_digits model.norm=group": r"model\.norm=group must be one of batch, layer, none",
     "experiment=ist_digits model.dropout=1": r"model\.dropout=1 must be at least 0 and below 1",
     "experiment=ist_digits model.bias=true": r"model\.bias=true: unknown key; model has depth",
-    "strategy=rsist": r"Could not find 'strategy/rsist'.*resist",
-    "strateg=resist": r"strateg=resist: unknown key.*did you mean strategy\?",
     "strategy=single": r"trainer\.devices=2 with strategy=single.*trainer\.devices=1",
     "strategy=single strategy.local_steps=50 trainer.devices=1": r"strategy=single has no settings",
     "strategy=local_sgd strategy.min_blocks=2": r"min_blocks=2: unknown key; strategy=local_sgd has",
@@ -76,36 +90,23 @@ BAD = {
     "callbacks.model_checkpoint.monitorr=x": r"unknown key.*callbacks\.model_checkpoint\.monitor\?",
     "callbacks.model_checkpoint._target_=no.where": r"_target_=no\.where: cannot be imported",
     "logger.csv=on": r"logger\.csv=.*must have a _target_",
-    "strategy.local_steps": r"strategy\.local_steps: cannot be read as an override",
-    "strategy.local_steps=10,50": r"Ambiguous value for argument 'strategy\.local_steps=10,50'.*--multirun",
-    "-m strategy.local_steps=10,0": r"strategy\.local_steps=0 must be a whole number of at least 1",
-    "--multirun trainer.devices=1,2 strategy=single": r"trainer\.devices=2 with strategy=single",
-    "-m strategy.local_steps=interval(2,50)": r"local_steps=interval\(2,50\): a grid .*local_steps=2,50, or range\(",
-    "-m optimizer.lr=tag(x,interval(0.01,0.1))": r"interval\(0\.01,0\.1\)\): a grid .*optimizer\.lr=0\.01,0\.1",
-    "-m seed=range(1,5,0)": r"seed=range\(1,5,0\): has no values to try \(range\(\) arg 3 must not be zero\)",
-    "-m optimizer.lr=glob(*)": r"optimizer\.lr=glob\(\*\): has no values to try",
-    "-m +hydra.sweeper.params.seed=1": r"\+hydra\.sweeper\.params\.seed=1: cannot be put into",
-    "-m seed=1,2 strategy.start_method=popen": r"strategy\.start_method=popen:.*strategy\.start_method=spawn",
 }
-GOOD = [
+GOOD_COMMAND_LINES = [
     "",
-    "model.depth=101 trainer.devices=4 strategy.local_steps=50 trainer.accelerator=cpu",
-    "-m strategy.local_steps=10,50 trainer.devices=1,2 trainer.accelerator=cpu",
-    "-m strategy.local_steps=range(10,60,20) model=glob(p*) trainer.accelerator=cpu",
+    "-m trainer.devices=1,2 strategy.local_steps=range(10,20,10) model=glob(p*) trainer.accelerator=cpu",
+    "callbacks.progress_bar=null logger=none strategy.blocks=[section3.1,section3.2] trainer.accelerator=cpu "
+    "strategy.local_steps={_target_:resist_lightning.QSR,base:4,coefficient:0.1}",
+]
+GOOD_VALUES = [
+    "model.depth=101 trainer.devices=4 strategy.local_steps=50",
     "strategy=single trainer.devices=1",
-    "strategy.blocks=[section3.1,section3.2] trainer.accelerator=cpu",
-    "strategy.start_method=popen trainer.accelerator=cpu",
-    "seed=0 strategy.min_blocks=0 trainer.accelerator=cpu",
-    "callbacks.progress_bar=null logger=none trainer.accelerator=cpu",
+    "strategy.start_method=popen seed=0 strategy.min_blocks=0",
     "experiment=ist_digits strategy.momentum=travel",
-    "experiment=ist_speech_shaped strategy=local_sgd trainer.accelerator=cpu",
+    "experiment=ist_speech_shaped strategy=local_sgd",
     "experiment=ist_digits strategy=auxnet",
-    "trainer.devices=4 strategy.devices_per_worker=2 strategy.blocks_per_worker=[5,9] trainer.accelerator=cpu",
-    "strategy=ist strategy.layers=*.conv1 trainer.accelerator=cpu",
-    "strategy.local_steps={_target_:resist_lightning.QSR,base:4,coefficient:0.1} trainer.accelerator=cpu",
-    "strategy=local_sgd strategy.local_steps={_target_:resist_lightning.PostLocal,first:1,then:9,switch_step:70} "
-    "trainer.accelerator=cpu",
-    "hparams_search=local_steps trainer.accelerator=cpu",
+    "trainer.devices=4 strategy.devices_per_worker=2 strategy.blocks_per_worker=[5,9]",
+    "strategy=ist strategy.layers=*.conv1",
+    "strategy=local_sgd strategy.local_steps={_target_:resist_lightning.PostLocal,first:1,then:9,switch_step:70}",
 ]
 
 
@@ -118,28 +119,38 @@ def message_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("line", BAD)
-def test_a_bad_value_is_one_line_that_names_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("line", BAD_COMMAND_LINES)
+def test_a_bad_command_line_is_one_line_that_names_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = message_of(line, capsys)
     assert message.startswith("error: ")
     assert message.count("\n") == 1
-    assert re.search(BAD[line], message), message
+    assert re.search(BAD_COMMAND_LINES[line], message), message
 
 
-@pytest.mark.parametrize("line", GOOD)
+@pytest.mark.parametrize("line", BAD_VALUES)
+def test_a_bad_value_is_named(line: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_train(configuration(*line.split()))
+    assert re.search(BAD_VALUES[line], " ".join(str(refused.value).split())), refused.value
+
+
+@pytest.mark.parametrize("line", GOOD_COMMAND_LINES)
 def test_a_good_command_line_passes(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     check_command_line("train", check_train, line.split())
 
 
-def test_more_workers_than_gpus_names_the_ways_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("line", GOOD_VALUES)
+def test_good_values_pass(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    check_train(configuration(*line.split()))
+
+
+def test_more_workers_than_gpus_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    message = message_of("trainer.devices=2", capsys)
-    assert "trainer.devices=2: this host has 1 GPU(s)" in message
-    assert "trainer.accelerator=cpu" in message
-    check_command_line("train", check_train, ["strategy.parallel_devices=[cuda:0,cuda:0]"])
+    with pytest.raises(ConfigError, match=r"trainer\.devices=2: this host has 1 GPU\(s\).*trainer\.accelerator=cpu"):
+        check_train(configuration("trainer.devices=2"))
+    check_train(configuration("strategy.parallel_devices=[cuda:0,cuda:0]"))
 
 
 @pytest.mark.parametrize(
