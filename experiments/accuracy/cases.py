@@ -100,17 +100,17 @@ def base(method: str, workers: int, seed: int, options: Any) -> Case:
 
 ORDER = ("resist", "resist_outer", "ddp", "resist_growth", "local_sgd", "diloco")
 COUNTS = (8, 2, 4)  # workers
-# The extremes first, and the most expensive method last: an interrupted study has the most telling rows.
-MAIN = [
-    ("single", 1),
-    *((method, workers) for workers in COUNTS for method in ORDER),
-    *(("post_local", workers) for workers in COUNTS),
-]
 
 
 def main(options: Any) -> list[Case]:
     """All methods, equal samples."""
-    return [base(method, workers, seed, options) for seed in range(options.seeds) for method, workers in MAIN]
+    # The extremes first, and the most expensive method last: an interrupted study has the most telling rows.
+    trained = [
+        ("single", 1),
+        *((method, workers) for workers in options.counts for method in ORDER),
+        *(("post_local", workers) for workers in options.counts),
+    ]
+    return [base(method, workers, seed, options) for seed in range(options.seeds) for method, workers in trained]
 
 
 def design(options: Any) -> list[Case]:
@@ -154,7 +154,9 @@ def momentum(options: Any) -> list[Case]:
 
 def batch_norm(options: Any) -> list[Case]:
     """Batch-norm policies: evaluations of the main table's trainings."""
-    return [base("resist", workers, seed, options) for seed in range(options.seeds) for workers in (2, 4, 8)]
+    return [
+        base("resist", workers, seed, options) for seed in range(options.seeds) for workers in sorted(options.counts)
+    ]
 
 
 def scale(options: Any) -> list[Case]:
@@ -168,8 +170,8 @@ def wire(options: Any) -> list[Case]:
     for seed in range(options.ablation_seeds):
         diloco = replace(base("diloco", 2, seed, options), outer_momentum=0.9)  # as in its paper
         for case in (base("local_sgd", 2, seed, options), diloco):
-            averaged += [replace(case, wire=bits) for bits in (WIRES[0], WIRES[-1])]
-    return [*_changed(options, 2, "wire", WIRES), *averaged]
+            averaged += [replace(case, wire=bits) for bits in (options.wires[0], options.wires[-1])]
+    return [*_changed(options, 2, "wire", options.wires), *averaged]
 
 
 def overlap(options: Any) -> list[Case]:
@@ -188,11 +190,11 @@ def overlap(options: Any) -> list[Case]:
 def outer(options: Any) -> list[Case]:
     """Momenta of the outer optimizer by number of workers, in rounds of equally many samples."""
     cases: list[Case] = []
-    for seed, workers in product(range(options.seeds), sorted(COUNTS)):
+    for seed, workers in product(range(options.seeds), sorted(options.counts)):
         steps = max(1, 2 * options.local_steps // workers)
         default = Config(outer="nesterov").outer_momentum_of(workers)
         cases.append(replace(base("resist", workers, seed, options), local_steps=steps))
-        for momentum in MOMENTA:
+        for momentum in options.outer_momenta:
             stepping = replace(base("resist_outer", workers, seed, options), local_steps=steps)
             # As the default, so that it is the case of the main table where the round is as long.
             cases.append(stepping if momentum == default else replace(stepping, outer_momentum=momentum))

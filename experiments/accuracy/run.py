@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.accuracy import check, tables
-from experiments.accuracy.cases import STUDIES, Case
+from experiments.accuracy.cases import COUNTS, MOMENTA, STUDIES, WIRES, Case
 from experiments.accuracy.figure import draw_all
 from experiments.accuracy.training import measure, prepared
 from experiments.harness import cli
@@ -50,6 +50,7 @@ class Options(cli.Command):
     fresh: bool = option(False, "true measures existing results again")
     seeds: int = option(3, "3 as in the paper", least=1, most=100, smoke=1)
     ablation_seeds: int = option(2, "seeds of cases that are only in ablations", least=1, most=100, smoke=1)
+    counts: list[int] = option(list(COUNTS), "numbers of workers", choices=COUNTS, smoke=[8, 2])
     samples: int = option(
         750_000, "training images that all workers of a case see together", least=1, short=61_440, smoke=192
     )
@@ -61,7 +62,7 @@ class Options(cli.Command):
     holdout: float = option(0.04, "share of the training images", above=0, below=1, smoke=0.1)
     shrink: int = option(1, "2 averages squares of 2 x 2 pixels", least=1, most=4, short=2)
     width: float = option(0.25, "1.0 is the paper's width", above=0, short=0.125, smoke=0.0625)
-    deep: int = option(9, "blocks in section 3; all but the first are partitioned", least=3, most=64, smoke=4)
+    deep: int = option(9, "blocks in section 3; all but the first are partitioned", least=3, most=64, smoke=3)
     lr: float = option(0.05, "highest learning rate", above=0, short=0.03, smoke=0.1)
     schedule: str = option("one_cycle", "schedule of the learning rate", choices=("one_cycle", "steps"), short="steps")
     smoothing: float = option(0.1, "label smoothing", least=0, below=1, short=0.0)
@@ -70,7 +71,9 @@ class Options(cli.Command):
     local_steps: int = option(50, "local steps per round", least=1, short=25, smoke=2)
     min_blocks: int = option(2, "minimum blocks per worker", least=0)
     fragments: int = option(4, "fragments of the network, in the study overlap", least=2, smoke=2)
-    check_samples: int = option(25_600, "images in the check against real processes", least=1, short=12_800, smoke=256)
+    check_samples: int = option(25_600, "images in the check against real processes", least=1, short=12_800, smoke=128)
+    wires: list[str] = option(list(WIRES), "formats on the wire", choices=WIRES, smoke=["fp32", "int2"])
+    outer_momenta: list[float] = option(list(MOMENTA), "of the outer step", least=0, below=1, smoke=[0.5, 0.9])
     lengths: list[int] = option([10, 25, 50, 100, 250, 500], "local steps per round", least=1, smoke=[2, 10])
     rates: list[float] = option([0.01, 0.03, 0.1], "learning rates", above=0, smoke=[0.1])
 
