@@ -73,8 +73,8 @@ class Task:
 
 
 def _smoke() -> Scale:
-    cuts = {2: ("section2.0",), 3: ("section1.1", "section2.1")}
-    return Scale(blocks=2, width=4, batch=8, epochs=2, limit=20, limit_test=5, cuts=cuts)
+    cuts = {2: ("section2.0",), 3: ("section1.0", "section2.0")}
+    return Scale(blocks=1, width=4, batch=8, epochs=2, limit=8, limit_test=5, cuts=cuts)
 
 
 def _timed(pixels: int, blocks: int, width: int, batch: int, cuts: Mapping[int, tuple[str, ...]]) -> Task:
