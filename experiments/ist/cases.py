@@ -79,8 +79,8 @@ def cases(options: Any) -> list[Case]:
         for seed in range(options.seeds):
             found += _main(task, seed, options.workers)
         for seed in range(options.ablation_seeds):
-            found += _ablations(base(task, "ist", ABLATED, seed))
-        found += [replace(base(task, *which, RATES_SEED), lr=lr) for which in _methods([ABLATED]) for lr in RATES]
+            found += _ablations(base(task, "ist", ABLATED, seed), options.lengths)
+        found += [replace(base(task, *which, RATES_SEED), lr=lr) for which in _methods([ABLATED]) for lr in options.rates]
     return list(dict.fromkeys(found))  # the main table's cases are those of an ablation too
 
 
@@ -99,10 +99,10 @@ def _main(task: str, seed: int, workers: list[int]) -> Iterator[Case]:
                 yield replace(base(task, method, count, seed), shares=shares, finish_rounds=last)
 
 
-def _ablations(usual: Case) -> Iterator[Case]:
+def _ablations(usual: Case, lengths: list[int]) -> Iterator[Case]:
     """One setting changed at a time; beside IST local SGD, where it has the setting too."""
     for case in (usual, replace(usual, method="local_sgd")):
-        yield from (replace(case, local_steps=steps) for steps in LENGTHS)
+        yield from (replace(case, local_steps=steps) for steps in lengths)
         yield replace(case, schedule="multistep")
         for norm in ("batch", "layer", "none"):
             yield from (replace(case, norm=norm, output_norm=output) for output in (False, True))

@@ -29,7 +29,7 @@ from experiments.harness.settings import ConfigError, option
 from experiments.harness.study import Study
 from experiments.harness.tables import show_and_write
 from experiments.ist import tables
-from experiments.ist.cases import TASKS, cases
+from experiments.ist.cases import LENGTHS, RATES, TASKS, cases
 from experiments.ist.figure import draw_all
 from experiments.ist.memory import Group, measure_group
 from experiments.ist.shapes import Shape, measure_shape
@@ -49,6 +49,8 @@ class Options(cli.Command):
     seeds: int = option(3, "3 or more show the spread", least=1, most=100, smoke=1)
     ablation_seeds: int = option(3, "seeds of trainings that are only in ablations", least=1, most=100, smoke=1)
     workers: list[int] = option([2, 4, 8], "these divide the samples equally", choices=(2, 4, 8), smoke=[2, 4])
+    lengths: list[int] = option(list(LENGTHS), "local steps per round, in the ablation", least=1, smoke=[5, 20])
+    rates: list[float] = option(list(RATES), "learning rates that are compared", above=0, smoke=[0.1])
     passes: int | None = option(
         None, "passes over the training examples, of all workers; null: the task's default", least=1
     )

@@ -37,7 +37,7 @@ from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.batch_norm import norms_with_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates
 
-EVALUATIONS = 8
+EVALUATIONS = {"full": 8, "smoke": 2}  # in a training, by size
 FINISH = 0.1  # share of the steps that a finish takes
 
 
@@ -80,7 +80,7 @@ def measure(case: Case, size: str, passes: int | None) -> dict[str, Any]:
     started, data = time.perf_counter(), prepared(case.task, size)
     steps = steps_of(samples(case.task, size, passes), TASKS[case.task].batch, case.workers)
     finish_at = round(steps * (1 - FINISH)) if case.finish else steps
-    curve = Curve(data, stops(steps, EVALUATIONS))
+    curve = Curve(data, stops(steps, EVALUATIONS[size]))
     trainer = train(case, size, steps, finish_at, curve)
     return {
         **curve.row(),

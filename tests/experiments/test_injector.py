@@ -8,7 +8,7 @@ import pickle
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from experiments.faults import faults, injections
-from experiments.faults.faults import PLACES, Fault, Injector
+from experiments.faults.faults import PLACES, Fault, Injector, NeverStruck
 from resist_lightning.schedule.progress import Activity
 from tests.helpers.plain import Classifier, held_out, stream
 from tests.helpers.processes import run_workers
@@ -28,16 +28,15 @@ STEPS = 9  # three rounds
 PATIENCE_SECONDS = 30.0
 
 
-def fit(worker: int, folder: str, fault: Fault, *others: L.Callback) -> Injector:
+def fit(worker: int, folder: str, *faults: Fault, others: Sequence[L.Callback] = ()) -> None:
     """Train three rounds with their syncs, then an evaluation, then a checkpoint; then the same again."""
-    injector = Injector(fault, Path(folder, f"note-{worker}"))
+    injectors = [Injector(fault, Path(folder, f"{fault.place}-{fault.round}-{worker}")) for fault in faults]
     tempfile.tempdir = folder
     saving = ModelCheckpoint(Path(folder, "saved"), save_on_train_epoch_end=True)
     trainer = make_trainer(
-        make_strategy(), max_epochs=2, callbacks=[saving, injector, *others], enable_checkpointing=True
+        make_strategy(), max_epochs=2, callbacks=[saving, *injectors, *others], enable_checkpointing=True
     )
     trainer.fit(Classifier(), stream(worker, STEPS), held_out(worker))
-    return injector
 
 
 # The sentences.
@@ -166,60 +165,58 @@ class Begun(L.Callback):
         return send_and_count
 
 
-def fit_with_a_mark(worker: int, folder: str, fault: Fault) -> list[tuple[str, int]]:
-    """Instead of a fault, note the worker's stack, and the number of such messages that it has begun to send there."""
-    found: list[tuple[str, int]] = []
-    begun = Begun(injections.SENDING.get(fault.place))
-    injections.INJECTIONS[fault.kind] = lambda _: found.append(("".join(traceback.format_stack()), begun.times))
-    injector = fit(worker, folder, fault, begun)
-    assert injector.struck == bool(found)
-    return found
+NEVER = Fault("raise_error", 1, "hand_over", round=99)
+
+# Of each place: the round and step, the worker's activity and steps then, and what is in its stack, and what is not.
+TRIED: dict[Any, tuple[int, int, str | None, int, str, str]] = {
+    "local steps": (1, 2, "local steps", 5, "on_before_backward", "run_backward"),
+    "handshake": (1, 0, "handshake", 6, "_meet", "_handshake.run"),
+    "averaging": (1, 0, "averaging", 6, "start_mean", "in _wait"),
+    "hand_over": (0, 0, "hand_over", 3, "in exchange", "in _wait"),
+    "evaluation": (3, 0, "evaluation", 9, "begin_observation", "_assemble"),
+    "saving": (3, 0, None, 9, "save_checkpoint", "barrier"),
+}
 
 
-@pytest.mark.parametrize(
-    ("place", "round", "what", "steps", "inside", "not_inside"),
-    [
-        ("local steps", 1, "local steps", 5, "on_before_backward", "run_backward"),
-        ("handshake", 1, "handshake", 6, "_meet", "_handshake.run"),
-        ("averaging", 1, "averaging", 6, "start_mean", "in _wait"),
-        ("hand_over", 0, "hand_over", 3, "in exchange", "in _wait"),
-        ("evaluation", 3, "evaluation", 9, "begin_observation", "_assemble"),
-        ("saving", 3, None, 9, "save_checkpoint", "barrier"),
-    ],
-)
-def test_it_strikes_there_once_in_one_worker(
-    place: Any, round: int, what: str | None, steps: int, inside: str, not_inside: str, tmp_path: Path
-) -> None:
-    fault = Fault("raise_error", 1, place, round=round, step=2 if place == "local steps" else 0)
-    stacks = run_trainers(fit_with_a_mark, 2, str(tmp_path), fault)
+def fit_with_marks(worker: int, folder: str, faults: list[Fault]) -> tuple[dict[str, list[tuple[str, int]]], str]:
+    """Instead of each fault, note the worker's stack, and the number of such messages that it has begun to send there.
 
-    assert [len(found) for found in stacks] == [0, 1]
-    stack, begun = stacks[1][0]
-    assert inside in stack
-    assert not_inside not in stack
-    assert begun == (1 if place in injections.SENDING else 0)
-    assert [path.name for path in tmp_path.glob("note-*")] == ["note-1"]
-    note = json.loads((tmp_path / "note-1").read_text())
-    assert note["what"] == (what or note["what"])
-    assert note["steps"] == steps
+    Returns the notes of each fault, and the error of one that never came.
+    """
+    found: dict[str, list[tuple[str, int]]] = {str(fault): [] for fault in faults}
+    begun = {str(fault): Begun(injections.SENDING.get(fault.place)) for fault in faults}
+
+    def note(sentence: str) -> None:
+        found[sentence].append(("".join(traceback.format_stack()), begun[sentence].times))
+
+    injections.INJECTIONS["raise_error"] = note
+    never = ""
+    try:
+        fit(worker, folder, *faults, NEVER, others=list(begun.values()))
+    except NeverStruck as error:
+        never = str(error)
+    return found, never
 
 
-def test_every_place_is_tried() -> None:
-    (mark,) = [m for m in test_it_strikes_there_once_in_one_worker.pytestmark if m.name == "parametrize"]  # type: ignore[attr-defined]
-    assert tuple(values[0] for values in mark.args[1]) == PLACES
+def test_each_strikes_where_it_says_once_in_one_worker_and_one_that_never_came_is_an_error(tmp_path: Path) -> None:
+    assert tuple(TRIED) == PLACES
+    faults = {place: Fault("raise_error", 1, place, round=at[0], step=at[1]) for place, at in TRIED.items()}
+    (others, no_error), (own, error) = run_trainers(fit_with_marks, 2, str(tmp_path), list(faults.values()))
 
-
-def test_a_fault_that_never_came_is_an_error(tmp_path: Path) -> None:
-    fault = Fault("kill", 1, "hand_over", round=99)
-    outcomes = run_trainers_to_the_end(fit_and_forget, 2, str(tmp_path), fault, timeout=PATIENCE_SECONDS)
-
-    assert outcomes[0].error is None
-    assert repr(outcomes[1].error) == (
-        'NeverStruck(\'kill(worker=1).at("hand_over", round=99) did not happen: '
-        "the training ended before it reached that place.')"
+    for place, (_, _, what, steps, inside, not_inside) in TRIED.items():
+        sentence = str(faults[place])
+        assert others[sentence] == [], place
+        ((stack, begun),) = own[sentence]
+        assert inside in stack, place
+        assert not_inside not in stack, place
+        assert begun == (1 if place in injections.SENDING else 0), place
+        (note,) = tmp_path.glob(f"{place}-*")
+        assert note.name.endswith("-1"), place
+        noted = json.loads(note.read_text())
+        assert noted["what"] == (what or noted["what"]), place
+        assert noted["steps"] == steps, place
+    assert no_error == ""
+    assert error == (
+        'raise_error(worker=1).at("hand_over", round=99) did not happen: '
+        "the training ended before it reached that place."
     )
-    assert list(tmp_path.glob("note-*")) == []
-
-
-def fit_and_forget(worker: int, folder: str, fault: Fault) -> None:
-    fit(worker, folder, fault)

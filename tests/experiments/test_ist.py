@@ -44,7 +44,7 @@ def test_every_case_is_trained_once_on_equal_samples(sample: tuple[Path, str]) -
     rows = record(sample[0], "accuracy")["rows"]
     wanted = cases(cli.read(["size=smoke", *CHOSEN], Options)[1])
     assert sorted(str(row["case"]) for row in rows) == sorted(str(case.key) for case in wanted)
-    assert len(rows) > 40
+    assert len(rows) > 30
     assert {row["samples"] for row in rows} == {4 * 384}  # 450 images without 10 %: three steps of 8 workers of 16
     assert {row["local_steps_done"] * row["case"]["workers"] for row in rows} == {96}
     assert all(len(row["policies"]) == 3 for row in tables.usual(rows, method="ist"))
