@@ -32,6 +32,7 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result files", smoke="runs/benchmarks")
     workers: list[int] = option([2, 4], "numbers of workers whose memory is measured", least=2, smoke=[2])
     depth: int = option(101, "depth of the paper's network", choices=(14, 26, 38, 101, 152, 200), smoke=14)
+    width: float = option(1.0, "1.0 is the paper's; of memory, checks and formats", above=0, smoke=0.25)
     rounds: int = option(3, "rounds in which memory is measured", least=1, smoke=1)
     turns: int = option(20, "repetitions of the measured syncs", least=1, smoke=2)
     step_turns: int = option(4, "repetitions of the step times", least=1, smoke=1)

@@ -44,7 +44,7 @@ class Clock(L.Callback):
 def held_memory(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Bytes of parameters, gradients and momentum after each local step, against the bound and the full model."""
     torch.manual_seed(0)
-    model = preact_resnet(settings["depth"], num_classes=10)
+    model = preact_resnet(settings["depth"], num_classes=10, width_multiplier=settings["width"])
     full = sum(p.nbytes for p in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     engine = Engine(model, [optimizer], Config(local_steps=2))
@@ -70,7 +70,7 @@ def check_cost(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
     engines = {}
     for check in ("off", "sampled", "full"):
         torch.manual_seed(0)
-        model = preact_resnet(settings["depth"], num_classes=10).to(device)
+        model = preact_resnet(settings["depth"], num_classes=10, width_multiplier=settings["width"]).to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         engines[check] = Engine(model, [optimizer], Config(local_steps=1, check=check))  # type: ignore[arg-type]
         engines[check].start()

@@ -46,7 +46,7 @@ def syncs(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for wire in get_args(WireName):
         torch.manual_seed(0)
-        model = preact_resnet(settings["depth"], num_classes=10)
+        model = preact_resnet(settings["depth"], num_classes=10, width_multiplier=settings["width"])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         engine = Engine(model, [optimizer], Config(local_steps=1, wire=wire))
         engine.start()

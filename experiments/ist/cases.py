@@ -80,7 +80,9 @@ def cases(options: Any) -> list[Case]:
             found += _main(task, seed, options.workers)
         for seed in range(options.ablation_seeds):
             found += _ablations(base(task, "ist", ABLATED, seed), options.lengths)
-        found += [replace(base(task, *which, RATES_SEED), lr=lr) for which in _methods([ABLATED]) for lr in options.rates]
+        found += [
+            replace(base(task, *which, RATES_SEED), lr=lr) for which in _methods([ABLATED]) for lr in options.rates
+        ]
     return list(dict.fromkeys(found))  # the main table's cases are those of an ablation too
 
 

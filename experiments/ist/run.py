@@ -56,7 +56,7 @@ class Options(cli.Command):
     )
     widths: list[int] = option([4096, 8192], "neurons of a hidden layer", least=1, smoke=[64])
     memory_workers: list[int] = option(
-        [1, 2, 4, 8], "numbers of workers whose memory is measured", least=1, smoke=[1, 2, 4]
+        [1, 2, 4, 8], "numbers of workers whose memory is measured", least=1, smoke=[1, 2]
     )
     inputs: int = option(4096, "inputs of the networks whose memory and speed are measured", least=1, smoke=32)
     rounds: int = option(20, "rounds over which bytes are averaged", least=1, smoke=2)

@@ -42,7 +42,7 @@ class Options(cli.Command):
         least=2,
         most=8,
         empty=True,
-        smoke=[2, 4],
+        smoke=[4],
     )
 
 

@@ -52,7 +52,7 @@ def test_every_case_is_trained_once_on_equal_samples(sample: tuple[Path, str]) -
 
 def test_live_tensors_are_the_closed_form_of_memory(sample: tuple[Path, str]) -> None:
     content, width, inputs = record(sample[0], "memory"), 64, 32
-    assert [group["workers"] for group in content["groups"]] == [1, 2, 4]
+    assert [group["workers"] for group in content["groups"]] == [1, 2]
     for group in content["groups"]:
         workers = group["workers"]
         inner = 2 * (width // workers) ** 2
@@ -193,8 +193,8 @@ def test_time_to_accuracy_of_ist(tmp_path: Path) -> None:
 
 
 def test_a_width_below_the_workers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = refusal(lambda: cli.run(run, Options, "", STUDIES, ["size=smoke", "widths=[3]"]), tmp_path, capsys)
-    assert "widths=[3]: must be at least 4, a neuron for each" in told
+    told = refusal(lambda: cli.run(run, Options, "", STUDIES, ["size=smoke", "widths=[1]"]), tmp_path, capsys)
+    assert "widths=[1]: must be at least 2, a neuron for each" in told
 
 
 def test_the_tasks_are_wide_enough_for_eight_workers() -> None:

@@ -50,15 +50,17 @@ METRICS = """step,train/loss,val/loss,val/acc,lr-SGD
 def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """The folder of a run with rounds, its results, and the report's output."""
     folder = tmp_path_factory.mktemp("report")
-    write(folder, RUN, SUMMARY)
+    write(folder, RUN, SUMMARY, METRICS)
     return folder, *reported(folder)
 
 
-def write(folder: Path, run: Any, summary: Any = None) -> None:
+def write(folder: Path, run: Any, summary: Any = None, metrics: str = "") -> None:
+    """Write the files of a run; without metrics no curves are drawn."""
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "clock.json").write_text(json.dumps(CLOCK))
-    (folder / "csv").mkdir()
-    (folder / "csv" / "metrics.csv").write_text(METRICS)
+    if metrics:
+        (folder / "csv").mkdir()
+        (folder / "csv" / "metrics.csv").write_text(metrics)
     if summary:
         (folder / "resist_summary.json").write_text(json.dumps(summary))
 
@@ -121,7 +123,7 @@ def test_the_pictures_are_drawn_in_the_colours_of_their_lines(usual: tuple[Path,
 
 
 def test_a_partition_of_one_holder_has_one_colour(tmp_path: Path) -> None:
-    write(tmp_path, RUN, {**SUMMARY, "partitions": [[[0, 1, 2], []]]})
+    write(tmp_path, RUN, {**SUMMARY, "partitions": [[[0, 1, 2], []]], "sent_by_round": []})
     reported(tmp_path)
     with Image.open(tmp_path / "partition.png") as image:
         counts = {colour: count for count, colour in image.convert("RGB").getcolors(maxcolors=1 << 24)}  # type: ignore[union-attr]
@@ -144,7 +146,7 @@ HIDDEN = {**SUMMARY, "strategy": "ist", "blocks": ["net.1"], "partitions": [["a"
 
 
 def test_neurons_are_drawn_by_holder(tmp_path: Path) -> None:
-    write(tmp_path, {**RUN, "strategy": "ist"}, HIDDEN)
+    write(tmp_path, {**RUN, "strategy": "ist"}, {**HIDDEN, "sent_by_round": []})
     _, text = reported(tmp_path)
     assert text.startswith("IST, 2 workers, 25 local steps in 3 rounds of 10")
     assert "hand-over 2 kB" in text
@@ -159,7 +161,8 @@ def test_each_holder_of_neurons_has_its_colour(tmp_path: Path) -> None:
     neurons = {**NEURONS, "width": 16, "shown": list(range(16)), "holders": holders}
     sent = {kind: [100] * workers for kind in SUMMARY["sent_bytes"]}  # type: ignore[attr-defined]
     run = {**RUN, "strategy": "ist", "workers": workers}
-    write(tmp_path, run, {**HIDDEN, "workers": workers, "neurons": neurons, "sent_bytes": sent})
+    summary = {**HIDDEN, "workers": workers, "neurons": neurons, "sent_bytes": sent, "sent_by_round": []}
+    write(tmp_path, run, summary)
     reported(tmp_path)
     assert len(colours(tmp_path / "partition.png")) > workers
 
@@ -201,7 +204,11 @@ def test_stages_have_no_rounds_and_a_timeline(tmp_path: Path) -> None:
 
 
 def test_stages_of_a_run_too_short_for_a_round(tmp_path: Path) -> None:
-    write(tmp_path, {**RUN, "strategy": "auxnet"}, {**STAGES, "method": {"rounds": [], "timeline": []}})
+    write(
+        tmp_path,
+        {**RUN, "strategy": "auxnet"},
+        {**STAGES, "method": {"rounds": [], "timeline": []}, "sent_by_round": []},
+    )
     _, text = reported(tmp_path)
     assert "stage 1" in text
     assert "speed-up" not in text

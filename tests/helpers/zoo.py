@@ -369,6 +369,5 @@ SAMPLE = (
     "by hand: keywords and tuples",
     "timm vit",
     "torchvision convnext",
-    "torchvision mobilenet_v3",
 )
 """Cheap networks for the ordinary suite, none from transformers."""

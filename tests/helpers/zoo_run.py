@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -21,8 +21,18 @@ from tests.helpers.trainers import make_trainer, run_trainers
 from tests.helpers.training import clone_state
 from tests.helpers.zoo_branches import branches_differ
 
-WORKERS, LOCAL_STEPS, STEPS, MIDDLE, HELD_OUT = 2, 5, 12, 7, 2
-"""Both the end and the checkpoint to resume from lie in the middle of a round."""
+WORKERS, HELD_OUT = 2, 2
+
+
+class Length(NamedTuple):
+    """The length of a training: both its end and the checkpoint to resume from lie in the middle of a round."""
+
+    local_steps: int
+    steps: int
+    middle: int  # the step of the checkpoint
+
+
+LONG, SHORT = Length(5, 12, 7), Length(3, 7, 4)
 ROUNDS = 40
 """Number of rounds over which the share that a worker holds is averaged."""
 
@@ -94,10 +104,10 @@ class Found:
         return abs(self.reported - self.plain) / max(1.0, abs(self.plain))
 
 
-def examine(name: str) -> Found:
+def examine(name: str, length: Length = LONG) -> Found:
     """Train a network by real processes, by the simulator, and from a checkpoint in mid-round."""
     with TemporaryDirectory() as folder:
-        results = run_trainers(_train, WORKERS, name, folder, timeout=400)
+        results = run_trainers(_train, WORKERS, name, folder, length, timeout=400)
         saved = torch.load(f"{folder}/end.ckpt", weights_only=False)
     own = saved["resist_lightning"]
     trained, unscaled = Trainee(name), Trainee(name)
@@ -116,7 +126,7 @@ def examine(name: str) -> Found:
         reported=results[0][0],
         plain=_evaluate(trained),
         unscaled=_evaluate(unscaled),
-        unlike=_deviation(clone_state(trained), _simulate(name)),
+        unlike=_deviation(clone_state(trained), _simulate(name, length)),
         resumed=all(resumed for _, resumed in results),
     )
 
@@ -127,35 +137,34 @@ def held_shares(layout: BlockLayout) -> list[float]:
     return [count / total for round in range(ROUNDS) for count in layout.held_parameters(round)]
 
 
-def _train(worker: int, name: str, folder: str) -> tuple[float, bool]:
+def _train(worker: int, name: str, folder: str, length: Length) -> tuple[float, bool]:
     """A worker's training; returns the loss reported at its end, and whether resuming gives the same weights."""
     module = Trainee(name)
-    middle = ModelCheckpoint(f"{folder}/middle", every_n_train_steps=MIDDLE, save_top_k=-1, filename="{step}")
-    trainer = _trainer(enable_checkpointing=True, callbacks=[middle])
-    trainer.fit(module, loader(name, worker, STEPS))
+    middle = ModelCheckpoint(f"{folder}/middle", every_n_train_steps=length.middle, save_top_k=-1, filename="{step}")
+    trainer = _trainer(length, enable_checkpointing=True, callbacks=[middle])
+    trainer.fit(module, loader(name, worker, length.steps))
     trainer.save_checkpoint(f"{folder}/end.ckpt")
     reported = trainer.validate(module, loader(name, 100 + worker, HELD_OUT), verbose=False)[0]["loss"]
     again = Trainee(name)
-    path = Path(folder) / "middle" / f"step={MIDDLE}.ckpt"
-    _trainer().fit(again, loader(name, worker, STEPS), ckpt_path=path, weights_only=False)
+    path = Path(folder) / "middle" / f"step={length.middle}.ckpt"
+    _trainer(length).fit(again, loader(name, worker, length.steps), ckpt_path=path, weights_only=False)
     expected, actual = clone_state(module), clone_state(again)
     same = all(torch.equal(actual[key], value) for key, value in expected.items())
     return reported, same and actual.keys() == expected.keys()
 
 
-def _trainer(**options: Any) -> L.Trainer:
-    return make_trainer(ResISTStrategy(local_steps=LOCAL_STEPS), max_epochs=1, **options)
+def _trainer(length: Length, **options: Any) -> L.Trainer:
+    return make_trainer(ResISTStrategy(local_steps=length.local_steps), max_epochs=1, **options)
 
 
-def _simulate(name: str) -> dict[str, Tensor]:
-    simulator = Simulator(
-        Trainee(name), lambda copy: copy.configure_optimizers(), Config(local_steps=LOCAL_STEPS), WORKERS
-    )
-    for step in range(STEPS):
+def _simulate(name: str, length: Length) -> dict[str, Tensor]:
+    config = Config(local_steps=length.local_steps)
+    simulator = Simulator(Trainee(name), lambda copy: copy.configure_optimizers(), config, WORKERS)
+    for step in range(length.steps):
         for number, worker in enumerate(simulator.workers):
             worker.module.train()
             worker.optimizers[0].zero_grad()
-            worker.module.training_step(Batches(name, number, STEPS)[step], step).backward()
+            worker.module.training_step(Batches(name, number, length.steps)[step], step).backward()
             worker.optimizers[0].step()
         simulator.after_step()
     return clone_state(simulator.full_model())

@@ -12,7 +12,7 @@ import torch
 
 from docs import networks
 from tests.helpers import zoo
-from tests.helpers.zoo_run import Found, examine
+from tests.helpers.zoo_run import SHORT, Found, examine
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def check(name: str, found: Found) -> None:
 
 @pytest.mark.parametrize("name", zoo.SAMPLE)
 def test_a_network_of_the_sample(name: str) -> None:
-    found = examine(name)
+    found = examine(name, SHORT)
 
     check(name, found)
     assert networks.same_row(networks.row(name, found), networks.rows()[name]), "run `python docs/networks.py`"
