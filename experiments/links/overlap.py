@@ -55,7 +55,7 @@ CASES: list[dict[str, Any]] = [
 ]
 SMOKE: list[dict[str, Any]] = [
     {"workers": 2, "width_multiplier": 0.125, "gbit": 0.1, "local_steps": 6, "steps_per_round": 3, "overlap": 1},
-    {"workers": 3, "width_multiplier": 0.125, "gbit": 0.1, "local_steps": 3, "steps_per_round": 3, "overlap": 2},
+    {"workers": 3, "width_multiplier": 0.125, "gbit": 0.1, "local_steps": 2, "steps_per_round": 2, "overlap": 1},
 ]
 USUAL = {"width_multiplier": 1.0}
 LEAST = {"workers": 2, "width_multiplier": 0, "gbit": LEAST_GBIT, "local_steps": 2, "steps_per_round": 2, "overlap": 1}

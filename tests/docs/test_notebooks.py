@@ -12,25 +12,41 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "notebooks"
 
 
-def outputs(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
-    """Run a notebook; returns its cells' outputs, which must be of the kinds saved in the file, for the site."""
-    monkeypatch.delenv("OMP_NUM_THREADS")  # so that the notebook computes on all cores, as on a user's machine
-    notebook = nbformat.read(FOLDER / name, as_version=4)
-    saved = [[sorted(output.data) for output in cell.get("outputs", [])] for cell in notebook.cells]
-    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(folder)}}).execute()
-    shown = [[output for output in cell.get("outputs", []) if "data" in output] for cell in notebook.cells]
-    assert [[sorted(output.data) for output in cell] for cell in shown] == saved
-    return [cell for cell in shown if cell]
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Any]]]:
+    """The outputs of the cells of each notebook; both run in one kernel, which takes seconds to import torch."""
+    names = ("training.ipynb", "your_network.ipynb")  # the one that forks comes first
+    notebooks = {name: nbformat.read(FOLDER / name, as_version=4) for name in names}
+    saved = {name: [_kinds(cell) for cell in notebook.cells] for name, notebook in notebooks.items()}
+    together = notebooks[names[0]].copy()
+    forget = nbformat.v4.new_code_cell("%reset -f")  # the second one has no names of the first
+    together.cells = [*notebooks[names[0]].cells, forget, *notebooks[names[1]].cells]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("OMP_NUM_THREADS")  # so that a notebook computes on all cores, as on a user's machine
+        patched.setenv("PL_TRAINER_MAX_STEPS", "270")  # of 450
+        folder = str(tmp_path_factory.mktemp("notebooks"))
+        NotebookClient(together, timeout=100, resources={"metadata": {"path": folder}}).execute()
+    for name, notebook in notebooks.items():  # of the kinds saved in the file, for the site
+        assert [_kinds(cell) for cell in notebook.cells] == saved[name]
+    return {name: [_data(cell) for cell in notebook.cells if _data(cell)] for name, notebook in notebooks.items()}
 
 
-def test_a_network_is_drawn_in_a_notebook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    drawn = outputs("your_network.ipynb", tmp_path, monkeypatch)
+def _data(cell: Any) -> list[Any]:
+    return [output for output in cell.get("outputs", []) if "data" in output]
+
+
+def _kinds(cell: Any) -> list[list[str]]:
+    return [sorted(output.data) for output in _data(cell)]
+
+
+def test_a_network_is_trained_in_a_notebook(shown: dict[str, list[list[Any]]]) -> None:
+    (accuracy,), (picture,) = shown["training.ipynb"]
+    assert float(accuracy.data["text/plain"]) > 0.8  # 0.1 by chance
+    assert picture.data["image/png"]
+
+
+def test_a_network_is_drawn_in_a_notebook(shown: dict[str, list[list[Any]]]) -> None:
+    drawn = shown["your_network.ipynb"]
     assert len(drawn) == 2
     for (cell,) in drawn:
         assert "data:image/png;base64," in cell.data["text/html"]
-
-
-def test_a_network_is_trained_in_a_notebook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (accuracy,), (picture,) = outputs("training.ipynb", tmp_path, monkeypatch)
-    assert float(accuracy.data["text/plain"]) > 0.8  # 0.1 by chance
-    assert picture.data["image/png"]

@@ -22,8 +22,10 @@ from experiments.harness.settings import ConfigError
 from experiments.links import link_model, overlap, summary, tables
 from experiments.links import rig as options
 from experiments.links.run import Options
+from tests.helpers.interpreters import warm
 from tests.helpers.namespaces import MISSING, needs_namespaces
-from tests.helpers.programs import ROOT, run_module
+from tests.helpers.processes import run_workers
+from tests.helpers.programs import ROOT, as_a_main_process, run_module
 
 RUN = "experiments/links/run.py"
 
@@ -37,18 +39,6 @@ def leaves_no_namespace() -> Iterator[None]:
     for name in left:
         subprocess.run(["ip", "netns", "del", name], check=True)
     assert not left
-
-
-def start(program: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, program, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 @needs_namespaces
@@ -265,19 +255,33 @@ def test_the_rows_of_a_run_known_by_hand() -> None:
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     """The fixtures check for leftover namespaces and processes."""
     before = rig.namespaces_in_use()
-    process = start(RUN, "size=smoke", "methods=[resist]", "rounds=1000", f"out={tmp_path}")
+    (tmp_path / "out").mkdir()
+    (code,) = run_workers(interrupted, 1, str(tmp_path), timeout=100)
+
+    assert code == 130
+    assert (tmp_path / "output").read_text().splitlines()[-1].startswith("interrupted: nothing is left behind")
+    assert rig.namespaces_in_use() == before
+    assert not list((tmp_path / "out").iterdir())
+
+
+def interrupted(_: int, folder: str) -> int:
+    """Start the program as a fork, and interrupt it when its workers have started; returns its exit code."""
+    as_a_main_process()
+    warm()
+    before = rig.namespaces_in_use()
+    arguments = ["size=smoke", "methods=[resist]", "rounds=1000", f"out={folder}/out"]
+    with Path(folder, "output").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, RUN, *arguments], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
     deadline = time.monotonic() + 60
-    while len(rig.namespaces_in_use() - before) < 3 or len(children(process.pid)) < 2:
-        assert process.poll() is None, process.communicate()
+    # Its children are its own template of interpreters, and the servers in two namespaces.
+    while len(rig.namespaces_in_use() - before) < 3 or len(children(process.pid)) < 3:
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
-
-    assert process.returncode == 130
-    assert output.strip().splitlines()[-1].startswith("interrupted: nothing is left behind")
-    assert rig.namespaces_in_use() == before
-    assert not list(tmp_path.iterdir())
+    return process.wait(30)
 
 
 @needs_namespaces
