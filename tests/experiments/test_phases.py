@@ -14,7 +14,7 @@ from experiments.harness.memory_limit import MemoryGroup, available, memory_grou
 from experiments.harness.record import read_record
 from tests.helpers.programs import run_module
 
-WIDTH, BLOCKS, WORKERS = 512, 8, 2
+WIDTH, BLOCKS, WORKERS = 512, 8, 4
 BLOCK = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH)
 SHARED = 4 * (8 * WIDTH * WIDTH + WIDTH + 10 * WIDTH + 10)
 PART = SHARED + BLOCKS // WORKERS * BLOCK
