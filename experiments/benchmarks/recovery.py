@@ -58,7 +58,7 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/benchmarks")
     files: str | None = option(None, "folder for the files, which are kept; null: a temporary folder")
     workers: int = option(2, "processes", least=2)
-    sections: list[int] = option([3, 4, 23, 3], "blocks", least=1, smoke=[1, 2, 5, 3])
+    sections: list[int] = option([3, 4, 23, 3], "blocks", least=1, repeats=True, smoke=[1, 2, 5, 3])
     width: float = option(1.0, "1.0 is the paper's", above=0, smoke=1 / 32)
     batch: int = option(2, "images", least=1)
     rounds: int = option(8, "rounds with snapshots", least=2, smoke=3)

@@ -35,6 +35,7 @@ class Limit:
     choices: tuple[Any, ...] = ()
     hint: str = ""
     empty: bool = False  # whether a list may have no entries
+    repeats: bool = False  # whether a list may have an entry twice
 
     def allows(self, value: Any) -> bool:
         if self.choices and value not in self.choices:
@@ -49,7 +50,13 @@ class Limit:
 
 
 def option(
-    full: Any = MISSING, hint: str = "", *, choices: Iterable[Any] = (), empty: bool = False, **more: Any
+    full: Any = MISSING,
+    hint: str = "",
+    *,
+    choices: Iterable[Any] = (),
+    empty: bool = False,
+    repeats: bool = False,
+    **more: Any,
 ) -> Any:
     """A field of a dataclass of options.
 
@@ -58,10 +65,11 @@ def option(
         hint: the way out, in messages.
         choices: all values that it may have; of a list, each entry.
         empty: whether a list may have no entries.
+        repeats: whether a list may have an entry twice.
         more: bounds (``least``, ``above``, ``most``, ``below``), and values by size, such as ``smoke=2``.
     """
     bounds = {name: more.pop(name) for name in BOUNDS if name in more}
-    metadata = {"limit": Limit(bounds, tuple(choices), hint, empty), "sizes": more, "full": full}
+    metadata = {"limit": Limit(bounds, tuple(choices), hint, empty, repeats), "sizes": more, "full": full}
     return field(default_factory=lambda: copy.copy(full), metadata=metadata)
 
 
@@ -99,7 +107,7 @@ def check_value(full_key: str, section: Mapping[str, Any], key: str, hint: Any, 
 def _check_list(shown: str, value: Any, hint: Any, limit: Limit) -> None:
     if not isinstance(value, ListConfig) or not (value or limit.empty):
         raise ConfigError(f"{shown}: must be a list of one or more entries, each {limit.in_words(hint)}; write [A,B]")
-    if len(set(value)) < len(value):
+    if len(set(value)) < len(value) and not limit.repeats:
         raise ConfigError(f"{shown}: an entry appears twice; list each once")
     for entry in value:
         problem = f"{shown}: {entry!r} {limit.in_words(hint)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,30 @@ def read(*arguments: str) -> tuple[list[str], Options]:
 
 def run(program: Any, *arguments: str) -> int:
     return cli.run(program, Options, "how to call it", STUDIES, ["size=smoke", *arguments])
+
+
+# Not advise.py, whose model Hydra composes first.
+PROGRAMS = [
+    path for path in sorted((ROOT / "experiments").glob("*/*.py")) if "class Options(cli.Command)" in path.read_text()
+]
+
+
+def name_of(program: Path) -> str:
+    return ".".join(program.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=name_of)
+def test_every_experiment_takes_its_own_options_in_every_size(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # which experiments.gpu sets
+    schema = importlib.import_module(name_of(program)).Options
+    options = {item.name: item.metadata["sizes"] for item in dataclasses.fields(schema)}
+    user_gives = {"out": tmp_path, "folder": tmp_path, "run": tmp_path, "name": "any"}
+    given = [f"{name}={value}" for name, value in user_gives.items() if name in options]
+    for size in {"full", *(size for sizes in options.values() for size in sizes)}:
+        _, found = cli.read([f"size={size}", *given], schema)
+        assert found.size == size
 
 
 def test_a_size_changes_several_options_and_what_is_given_counts() -> None:
