@@ -20,6 +20,9 @@ from tests.helpers.trainers import make_trainer
 SAMPLES = 40
 """Five batches."""
 
+CUTS = {2: ["4"], 3: ["4", "7"]}
+"""Of ``make_net("chain")``, by the number of workers."""
+
 # Three modes of training in stages: delayed gradients, guessed inputs, or stages that wait for each other.
 LATE: dict[str, Any] = {"warmup_steps": 0}
 GUESSES: dict[str, Any] = {"method": "penalty", "warmup_steps": 0}
@@ -85,10 +88,10 @@ def fit_plainly(worker: int, module: L.LightningModule, loader: Any = None, **op
 
 
 class Metered(Classifier):
-    """Logs in every way that a training_step may."""
+    """A small network, cut by :data:`CUTS`, that logs in every way that a training_step may."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, kind: str = "chain", **options: Any) -> None:
+        super().__init__(kind, **options)
         self.accuracy = MulticlassAccuracy(CLASSES, average="micro")
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, resnet18
+from torchvision.models import VisionTransformer
+from torchvision.models.resnet import Bottleneck, ResNet
 
-from tests.helpers.auxnet import GUESSES, LATE, SERIAL, Metered, Notes, fit_plainly, fit_stages, pictures, told
+from tests.helpers.auxnet import CUTS, GUESSES, LATE, SERIAL, Metered, Notes, fit_plainly, fit_stages, pictures, told
 from tests.helpers.plain import CLASSES, Classifier, held_out
 from tests.helpers.trainers import run_cases, run_trainers, traces
 from tests.helpers.training import assert_equal_states, clone_state
@@ -23,13 +24,13 @@ State = dict[str, Tensor]
 
 
 class OfTorchvision(Metered):
-    """A user's first choice: a ResNet of torchvision."""
+    """A user's first choice: a ResNet of torchvision, here with a million weights."""
 
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
-            self.net = resnet18(num_classes=CLASSES)
+            self.net = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, width_per_group=4)
 
 
 class TransformerOfTorchvision(Metered):
@@ -43,10 +44,10 @@ class TransformerOfTorchvision(Metered):
 
 
 class HeadOutside(Metered):
-    """A backbone, and a layer outside that all workers compute and train alike."""
+    """A residual backbone, and a layer outside that all workers compute and train alike."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("preact")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             self.head = nn.Sequential(nn.BatchNorm1d(CLASSES), nn.Linear(CLASSES, CLASSES))
@@ -60,8 +61,7 @@ class FrozenStart(Metered):
 
     def __init__(self) -> None:
         super().__init__()
-        for part in (self.net.stem, self.net.section1):
-            part.requires_grad_(False)
+        self.net[:5].requires_grad_(False)
 
 
 class Scheduled(Metered):
@@ -73,20 +73,16 @@ class Scheduled(Metered):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class Plateau(Metered):
-    """With a learning rate that falls when a metric of the training stops falling."""
+class Plateau(HeadOutside):
+    """With dicts as batches, and a learning rate that falls after an epoch in which a metric has not fallen enough."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["image"], batch["label"]), batch_idx)
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0, mode="min")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "loss_epoch"}}
-
-
-class ByDict(Metered):
-    """With dicts as batches."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step((batch["image"], batch["label"]), batch_idx)
 
 
 def by_names(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -112,33 +108,37 @@ class Fit:
     steps: int = 10
 
 
+CLIPPED: dict[str, Any] = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+
 FITS = {
-    "three workers, and batches with names": Fit(
-        ByDict, workers=3, strategy={"cuts": ["section2", "section3.2"], "input": "image"}, loader=named_pictures
-    ),
-    "a resnet18 of torchvision": Fit(
-        OfTorchvision, strategy={"cuts": ["net.layer2"]}, options={"max_epochs": 1}, steps=5
-    ),
-    "a vision transformer of torchvision, guesses by default": Fit(
-        TransformerOfTorchvision, strategy={"method": "penalty"}
-    ),
-    "a head outside of the network": Fit(HeadOutside),
-    "nothing trained in the first stage": Fit(FrozenStart, strategy={"method": "penalty", "cuts": ["section1"]}),
-    "a rate that falls with the steps, limited, in double precision": Fit(
-        Scheduled,
-        strategy={"method": "al-net", "cuts": ["section2"]},
-        options={"limit_train_batches": 3, "max_epochs": -1, "max_steps": 8, "precision": "64-true"},
+    "three workers, batches with names, a head outside of the network, a rate that falls by a metric, clipped": Fit(
+        Plateau,
+        workers=3,
+        strategy={"cuts": ["section2", "section3.2"], "input": "image"},
+        options={"limit_train_batches": 4, **CLIPPED},
+        loader=named_pictures,
         steps=8,
     ),
-    "a rate that falls by a metric": Fit(Plateau, options={"max_epochs": 3}, steps=15),
-    "gradients that add up, clipped by value": Fit(
-        strategy={"method": "penalty"},
-        options={
-            "accumulate_grad_batches": 2,
-            "gradient_clip_val": 0.01,
-            "gradient_clip_algorithm": "value",
-        },
+    "a resnet of torchvision": Fit(
+        OfTorchvision,
+        strategy={"cuts": ["net.layer2"]},
+        options={"max_epochs": 1, "limit_train_batches": 3},
+        steps=3,
+    ),
+    "a vision transformer of torchvision, guesses by default": Fit(
+        TransformerOfTorchvision, strategy={"method": "penalty"}, options={"max_epochs": 1}, steps=5
+    ),
+    "nothing trained in the first stage, gradients that add up, clipped": Fit(
+        FrozenStart,
+        strategy={"method": "penalty", "cuts": CUTS[2]},
+        options={"accumulate_grad_batches": 2, **CLIPPED},
         steps=6,
+    ),
+    "a rate that falls with the steps, limited, in double precision": Fit(
+        Scheduled,
+        strategy={"method": "al-net"},
+        options={"limit_train_batches": 3, "max_epochs": -1, "max_steps": 5, "precision": "64-true"},
+        steps=5,
     ),
 }
 
@@ -221,8 +221,8 @@ def assert_trained_at_once(result: dict[str, Any], first: dict[str, Any], plain:
 
 def alone(worker: int) -> tuple[State, State]:
     module, plain = Metered(), Metered()
-    fit_stages(worker, module, {"warmup_steps": 0}, max_epochs=2)
-    fit_plainly(worker, plain, max_epochs=2)
+    fit_stages(worker, module, {"warmup_steps": 0})
+    fit_plainly(worker, plain)
     return clone_state(module), clone_state(plain)
 
 
@@ -234,87 +234,136 @@ def test_one_worker_is_plain_lightning() -> None:
 
 # ------------------------------------------------------------------ learning
 
-LEARNS = {
-    "method": "al-net",
-    "cuts": ["encoder.layers.encoder_layer_1"],
-    "aux_width": 16,
-    "aux_learning_rate": 0.1,
-    "beta": 3.0,
-    "warmup_steps": 5,
+
+@dataclass(frozen=True)
+class Learner:
+    """A training that must learn.
+
+    Args:
+        strategy: the settings.
+        precision: of the Trainer.
+        least: share of right answers at the end; chance is 0.25, as there are four classes.
+    """
+
+    strategy: dict[str, Any]
+    precision: Any = "bf16-mixed"
+    least: float = 0.8
+
+    @property
+    def workers(self) -> int:
+        return 1 + len(self.strategy["cuts"])
+
+
+LEARNERS = {
+    "late gradients": Learner({"cuts": CUTS[2]}),
+    "guesses": Learner({"method": "al-net", "cuts": CUTS[2], "aux_learning_rate": 0.1, "warmup_steps": 5}, least=0.6),
+    "stored guesses": Learner({"method": "penalty-store", "cuts": CUTS[3], "warmup_steps": 10}, precision="32-true"),
 }
 
 
-class AdaptiveTransformer(TransformerOfTorchvision):
-    """With the optimizer that transformers need."""
+class KeepsOutputs(L.Callback):
+    """Notes the type and the numbers of the network's outputs in training."""
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
+    def __init__(self) -> None:
+        self.outputs: list[tuple[torch.dtype, list[float]]] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        module.net.register_forward_hook(self.note)
+
+    def note(self, net: nn.Module, _: Any, output: Tensor) -> None:
+        if net.training:
+            self.outputs.append((output.dtype, output.flatten().tolist()))
 
 
-def learn(
-    worker: int, kind: Callable[[], L.LightningModule], strategy: dict[str, Any], options: dict[str, Any]
-) -> tuple[float, float]:
-    module = kind()
-    trainer = fit_stages(worker, module, strategy, max_epochs=12, **options)
+def learn(worker: int, case: Learner, _: str) -> tuple[float, float, list[tuple[torch.dtype, list[float]]]]:
+    module, keeps = Classifier("chain"), KeepsOutputs()
+    trainer = fit_stages(worker, module, case.strategy, max_epochs=6, precision=case.precision, callbacks=[keeps])
     trainer.validate(module, in_evaluation(), verbose=False)
-    return float(trainer.callback_metrics["val/acc"]), float(trainer.callback_metrics["val/loss"])
+    return float(trainer.callback_metrics["val/acc"]), float(trainer.callback_metrics["val/loss"]), keeps.outputs
 
 
 def in_evaluation() -> Any:
     return torch.utils.data.DataLoader(pictures().dataset, 8)
 
 
-@pytest.mark.parametrize(
-    ("kind", "strategy", "options", "least"),
-    [
-        (Metered, {"cuts": ["section2"]}, {"precision": "bf16-mixed"}, 0.8),
-        (AdaptiveTransformer, LEARNS, {"precision": "bf16-mixed"}, 0.5),
-        (Metered, {"method": "penalty-store", "cuts": ["section2", "section3.2"], "warmup_steps": 10}, {}, 0.8),
-    ],
-)
-def test_stages_learn_and_so_in_mixed_precision(kind: Any, strategy: Any, options: Any, least: float) -> None:
-    """Chance is 0.25, as there are four classes. The steps of each method are tested in test_auxnet_training."""
-    results = run_trainers(learn, 1 + len(strategy["cuts"]), kind, strategy, options)
-    assert results[0][0] > least
-    assert results == [results[0]] * len(results)
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return run_cases(learn, LEARNERS, tmp_path_factory.mktemp("learned"))
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_stages_learn_and_so_in_mixed_precision(name: str, learned: dict[str, list[Any]]) -> None:
+    """Also the network's outputs are the same on all workers. The steps are tested in test_auxnet_training."""
+    case, results = LEARNERS[name], learned[name]
+    accuracy, _, outputs = results[0]
+    assert accuracy > case.least
+    assert len(outputs) == 6 * 5
+    assert results == [results[0]] * case.workers
 
 
 # ------------------------------------------------------------------ other uses
 
 
-def validate_within(worker: int, method: str) -> list[State]:
+@dataclass(frozen=True)
+class Validated:
+    """A training that is repeated with validations in mid-epoch, every few batches."""
+
+    strategy: dict[str, Any]
+    accumulate: int = 3
+    every: int = 4
+    dropout: float = 0.2
+    workers = 2
+
+
+VALIDATED = {
+    "late gradients that add up": Validated(LATE),
+    "guesses, with gradients that add up": Validated(GUESSES),
+    "stages that wait, with gradients that add up": Validated(SERIAL),
+    # Guesses are stored by the samples' content, so without dropout.
+    "stored guesses": Validated({"method": "al-store"}, accumulate=1, every=2, dropout=0.0),
+}
+
+
+def validate_within(worker: int, case: Validated, _: str) -> list[State]:
     states = []
-    for options in ({}, {"val_check_interval": 2, "num_sanity_val_steps": 1, "validation": held_out(worker)}):
-        module = Metered(dropout=0.0 if method == "al-store" else 0.2)  # guesses are stored by the samples' content
+    validations = {"val_check_interval": case.every, "num_sanity_val_steps": 1, "validation": held_out(worker)}
+    for options in ({}, validations):
+        module = Classifier("chain", dropout=case.dropout)
         L.seed_everything(3, verbose=False)
-        fit_stages(worker, module, {"method": method, "cuts": ["section2"]}, max_epochs=2, **options)
+        strategy = {**case.strategy, "cuts": CUTS[2], "batch_norm": "running"}
+        fit_stages(worker, module, strategy, max_epochs=2, accumulate_grad_batches=case.accumulate, **options)
         states.append(clone_state(module))
     return states
 
 
-@pytest.mark.parametrize("method", ["delayed", "penalty", "al-store"])
-def test_validation_in_mid_epoch_changes_nothing(method: str) -> None:
-    results = run_trainers(validate_within, 2, method)
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[State]]]:
+    return run_cases(validate_within, VALIDATED, tmp_path_factory.mktemp("validated"))
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+def test_validation_in_mid_epoch_changes_nothing(name: str, validated: dict[str, list[list[State]]]) -> None:
+    results = validated[name]
     for without, within in results:
         assert_equal_states(within, without, exactly=True)
         assert_equal_states(without, results[0][0], exactly=True)
 
 
 class Unfreezes(L.Callback):
-    """Trains the first section from the second epoch on; not by BaseFinetuning, see docs/assumptions.md."""
+    """Trains the first layer from the second epoch on; not by BaseFinetuning, see docs/assumptions.md."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.current_epoch == 1:
-            module.net.section1.requires_grad_(True)
-            trainer.optimizers[0].add_param_group({"params": module.net.section1.parameters(), "lr": 0.02})
+            module.net[0].requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": module.net[0].parameters(), "lr": 0.02})
 
 
-class FineTuned(Metered):
-    """With a frozen first section that the optimizer does not have."""
+class FineTuned(Classifier):
+    """With a frozen first layer that the optimizer does not have."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.net.section1.requires_grad_(False)
+        super().__init__("chain")
+        self.net[0].requires_grad_(False)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
@@ -324,26 +373,26 @@ def fine_tune(worker: int) -> list[State]:
     states = []
     for how in (SERIAL, LATE, GUESSES):
         module = FineTuned()
-        strategy = {**how, "batch_norm": "running", "cuts": ["section2"]}
-        fit_stages(worker, module, strategy, callbacks=[Unfreezes()], max_epochs=2)
+        strategy = {**how, "batch_norm": "running", "cuts": CUTS[2]}
+        fit_stages(worker, module, strategy, callbacks=[Unfreezes()], max_epochs=2, limit_train_batches=3)
         states.append(clone_state(module))
     return states
 
 
 def test_a_part_that_is_unfrozen_in_mid_training_trains() -> None:
     plain = FineTuned()
-    fit_plainly(0, plain, callbacks=[Unfreezes()], max_epochs=2)
+    fit_plainly(0, plain, callbacks=[Unfreezes()], max_epochs=2, limit_train_batches=3)
     begun = clone_state(FineTuned())
     for waiting, late, guessed in run_trainers(fine_tune, 2):
         assert_equal_states(waiting, clone_state(plain))
         for state in (late, guessed):
-            assert not torch.equal(state["net.section1.0.conv1.weight"], begun["net.section1.0.conv1.weight"])
+            assert not torch.equal(state["net.0.weight"], begun["net.0.weight"])
 
 
 def clip(worker: int) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit_stages(worker, Classifier(), gradient_clip_val=1.0, limit_train_batches=2)
+        fit_stages(worker, Classifier("chain"), gradient_clip_val=1.0, limit_train_batches=2)
     return told(caught, "clips each stage by the norm of its own gradients")
 
 

@@ -4,55 +4,35 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from resist_lightning import ResISTStrategy, WorkersDisagree
-from tests.helpers.auxnet import GUESSES, LATE, SERIAL, fit_stages, in_order, make_stages, pictures
-from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier, held_out
+from tests.helpers.auxnet import LATE, SERIAL, fit_stages, in_order, make_stages, pictures
+from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier
 from tests.helpers.trainers import make_trainer, run_trainers, run_trainers_to_the_end
-from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_auxnet import HeadOutside
 
-State = dict[str, Tensor]
+CUTS = {"cuts": ["4"]}
+AT_AN_IMAGE = {"cuts": ["0"]}  # the boundary is an image of 6 channels
 
-CUTS = {"cuts": ["section2"]}
+
+Found = dict[str, list[Any]]
+
+
+def small_module() -> Classifier:
+    return Classifier("chain")
 
 
 def is_sound(module: nn.Module) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
-
-
-# ------------------------------------------------------------------ validation while gradients accumulate
-
-
-def add_up(worker: int, how: dict[str, Any]) -> tuple[State, State]:
-    """The weights after a training with validations, and after one without."""
-    states = []
-    for every in (4, None):
-        module = Classifier()
-        fit_stages(
-            *(worker, module, {**CUTS, **how, "batch_norm": "running"}, pictures(samples=72)),
-            validation=held_out(worker) if every else None,
-            accumulate_grad_batches=3,
-            val_check_interval=every,
-        )
-        states.append(clone_state(module))
-    return states[0], states[1]
-
-
-@pytest.mark.parametrize("how", [LATE, GUESSES, SERIAL])
-def test_validation_while_gradients_are_added_up_changes_nothing(how: dict[str, Any]) -> None:
-    found = run_trainers(add_up, 2, how)
-    for validated, plain in found:
-        assert_equal_states(validated, plain, exactly=True)
-        assert_equal_states(validated, found[0][0], exactly=True)
 
 
 # ------------------------------------------------------------------ manual optimization
@@ -62,7 +42,7 @@ class TwoBackwards(Classifier):
     """Two losses, with a backward pass each."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("chain")
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -74,16 +54,21 @@ class TwoBackwards(Classifier):
         optimizer.step()
 
 
-def train_twice(worker: int, how: dict[str, Any]) -> None:
-    fit_stages(worker, TwoBackwards(), {**CUTS, **how})
+def train_twice(worker: int) -> list[str]:
+    """The errors of two trainings, one after the other."""
+    errors = []
+    for how in (LATE, SERIAL):
+        with pytest.raises(RuntimeError) as raised:
+            fit_stages(worker, TwoBackwards(), {**CUTS, **how})
+        errors.append(str(raised.value))
+    return errors
 
 
-@pytest.mark.parametrize("how", [LATE, SERIAL])
-def test_a_second_backward_pass_is_told_on_all_workers_within_seconds(how: dict[str, Any]) -> None:
+def test_a_second_backward_pass_is_told_on_all_workers_within_seconds() -> None:
     begin = time.monotonic()
-    for outcome in run_trainers_to_the_end(train_twice, 2, how, timeout=40):
-        assert isinstance(outcome.error, RuntimeError), outcome
-        assert "Add the losses up, and call backward once" in str(outcome.error)
+    for late, serial in run_trainers(train_twice, 2, timeout=40):
+        assert "Add the losses up, and call backward once" in late
+        assert "Add the losses up, and call backward once" in serial
     assert time.monotonic() - begin < 30
 
 
@@ -91,7 +76,7 @@ class TwoOptimizers(Classifier):
     """Two optimizers, for every second parameter each; notes the number of parameters with state in them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("chain")
         self.automatic_optimization = False
         self.strange: list[int] = []
         self.known: list[int] = []
@@ -114,7 +99,7 @@ class TwoOptimizers(Classifier):
 
 def two_optimizers(worker: int, path: str) -> tuple[list[int], list[int]]:
     module = TwoOptimizers()
-    fit_stages(worker, module, {"cuts": ["section2"]}, max_epochs=2, ckpt_path=path)
+    fit_stages(worker, module, CUTS, max_epochs=2, ckpt_path=path)
     return module.strange, module.known
 
 
@@ -134,29 +119,16 @@ def test_state_of_parameters_that_are_absent_is_dropped_in_every_optimizer(tmp_p
 # ------------------------------------------------------------------ gradient clipping
 
 
-def clip(worker: int, algorithm: str) -> tuple[bool, State]:
-    module = HeadOutside()
-    fit_stages(
-        *(worker, module, {**CUTS, "warmup_steps": 0}),
-        max_epochs=2,
-        gradient_clip_val=0.01,
-        gradient_clip_algorithm=algorithm,
-    )
-    changed = not torch.equal(module.head[1].weight, HeadOutside().head[1].weight)
-    return changed and is_sound(module), clone_state(module)
+def clip(worker: int) -> None:
+    fit_stages(worker, HeadOutside(), {"cuts": ["section2"]}, gradient_clip_val=0.01, gradient_clip_algorithm="norm")
 
 
 def test_clipping_by_the_norm_of_a_part_is_refused_where_a_layer_outside_would_part() -> None:
-    for outcome in run_trainers_to_the_end(clip, 2, "norm"):
+    """By value it trains alike: test_auxnet."""
+    for outcome in run_trainers_to_the_end(clip, 2):
         assert isinstance(outcome.error, ValueError), outcome
         assert "gradient_clip_val=0.01" in str(outcome.error)
         assert "gradient_clip_algorithm='value'" in str(outcome.error)
-
-
-def test_clipping_by_value_trains_a_layer_outside_alike() -> None:
-    (sound, mine), (_, theirs) = run_trainers(clip, 2, "value")
-    assert sound
-    assert_equal_states(mine, theirs, exactly=True)
 
 
 # ------------------------------------------------------------------ a user's auxiliary networks
@@ -183,20 +155,20 @@ FACTORIES: dict[str, Any] = {
 }
 
 
-def with_each_factory(worker: int) -> dict[str, tuple[bool, int]]:
-    return {name: with_factories(worker, (name, name)) for name in FACTORIES}
-
-
 def with_factories(worker: int, names: tuple[str, ...]) -> tuple[bool, int]:
     heap = [Factory() for _ in range(1 + 999 * worker)]  # the last one has another address on each worker
-    module = Classifier()
-    options = {**CUTS, "method": "penalty", "aux_network": FACTORIES[names[worker]](heap[-1])}
+    module = small_module()
+    options = {**AT_AN_IMAGE, "method": "penalty", "aux_network": FACTORIES[names[worker]](heap[-1])}
     steps = fit_stages(worker, module, options).global_step
     return is_sound(module), steps
 
 
-def test_what_makes_an_auxiliary_network_need_not_be_a_function() -> None:
-    assert run_trainers(with_each_factory, 2) == [dict.fromkeys(FACTORIES, (True, 5))] * 2
+def with_each_factory(worker: int, _: Path) -> dict[str, tuple[bool, int]]:
+    return {name: with_factories(worker, (name, name)) for name in FACTORIES}
+
+
+def test_what_makes_an_auxiliary_network_need_not_be_a_function(found: Found) -> None:
+    assert found["factories"] == [dict.fromkeys(FACTORIES, (True, 5))] * 2
 
 
 def test_workers_with_other_auxiliary_networks_disagree_at_the_start() -> None:
@@ -208,19 +180,19 @@ def test_workers_with_other_auxiliary_networks_disagree_at_the_start() -> None:
 # ------------------------------------------------------------------ sizes and types
 
 
-def few_of_many(worker: int) -> list[int]:
+def few_of_many(worker: int, _: Path) -> list[int]:
     steps = []
     for method in ("penalty-store", "al-store"):
         options = {**CUTS, "method": method, "warmup_steps": 0}
         trainer = fit_stages(
-            *(worker, Classifier(), options, pictures(samples=640)), max_epochs=6, limit_train_batches=1
+            *(worker, small_module(), options, pictures(samples=640)), max_epochs=3, limit_train_batches=1
         )
         steps.append(trainer.global_step)
     return steps
 
 
-def test_stored_guesses_go_on_where_an_epoch_has_new_samples() -> None:
-    assert run_trainers(few_of_many, 2) == [[6, 6]] * 2
+def test_stored_guesses_go_on_where_an_epoch_has_new_samples(found: Found) -> None:
+    assert found["new samples"] == [[3, 3]] * 2
 
 
 class PoolsAtOnce(Classifier):
@@ -232,64 +204,40 @@ class PoolsAtOnce(Classifier):
         self.net = nn.Sequential(*stem, nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, CLASSES))
 
 
-def one_left(worker: int) -> list[tuple[bool, int]]:
+def one_left(worker: int, _: Path) -> list[tuple[bool, int]]:
     found = []
-    for method in ("delayed", "penalty", "al-net"):
+    for method in ("delayed", "penalty", "al-net", "penalty-store"):
         module = PoolsAtOnce()
         options = {"cuts": ["2"], "method": method}
-        trainer = fit_stages(worker, module, options, pictures(samples=BATCH_SIZE + 1), max_epochs=2)
+        trainer = fit_stages(worker, module, options, pictures(samples=BATCH_SIZE + 1), max_epochs=3)
         found.append((is_sound(module), trainer.global_step))
     return found
 
 
-def test_a_last_batch_may_have_one_sample() -> None:
-    assert run_trainers(one_left, 2) == [[(True, 4)] * 3] * 2
-
-
-class KeepsOutput(Classifier):
-    """Notes the network's outputs."""
-
-    outputs: list[Tensor]
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        output = self.net(batch[0])
-        self.outputs = [*getattr(self, "outputs", []), output.detach().clone()]
-        return functional.cross_entropy(output, batch[1])
-
-
-def in_bfloat16(worker: int) -> list[tuple[torch.dtype, list[float]]]:
-    found = []
-    for method in ("delayed", "penalty"):
-        module = KeepsOutput()
-        fit_stages(worker, module, {**CUTS, "method": method}, precision="bf16-mixed")
-        found += [(output.dtype, output.flatten().tolist()) for output in module.outputs]
-    return found
-
-
-def test_in_mixed_precision_the_output_is_the_same_on_all_workers() -> None:
-    mine, theirs = run_trainers(in_bfloat16, 2)
-    assert len(mine) == 2 * 5
-    assert mine == theirs
+def test_a_last_batch_may_be_smaller_and_have_one_sample(found: Found) -> None:
+    assert found["one sample"] == [[(True, 6)] * 4] * 2
 
 
 # ------------------------------------------------------------------ one training after another
 
 
-def fit_twice(worker: int) -> tuple[int, bool, list[str]]:
+def fit_twice(worker: int, _: Path) -> tuple[int, bool, list[str]]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
-    module = Classifier()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(handler)
+    module = small_module()
     trainer = fit_stages(worker, module, CUTS)
-    trainer.fit_loop.max_epochs = 3
+    trainer.fit_loop.max_epochs = 2
     trainer.fit(module, pictures())
+    logger.removeHandler(handler)
     return trainer.global_step, is_sound(module), said
 
 
-def test_a_second_fit_resumes_and_names_what_it_resumes_from() -> None:
-    (steps, sound, said), (other_steps, _, _) = run_trainers(fit_twice, 2)
-    assert steps == other_steps == 15
+def test_a_second_fit_resumes_and_names_what_it_resumes_from(found: Found) -> None:
+    (steps, sound, said), (other_steps, _, _) = found["a second fit"]
+    assert steps == other_steps == 10
     assert sound
     how = [text for text in said if "resumes" in text]
     assert how
@@ -297,7 +245,8 @@ def test_a_second_fit_resumes_and_names_what_it_resumes_from() -> None:
     assert not any("  " in text or ": has" in text or "of the full" in text for text in how)
 
 
-def from_resist(worker: int, path: str) -> tuple[int, bool]:
+def from_resist(worker: int, folder: Path) -> tuple[int, bool]:
+    path = folder / "resist.ckpt"
     first = make_trainer(ResISTStrategy(local_steps=2, min_blocks=1, blocks_per_worker="auto"), max_epochs=1)
     first.fit(Classifier(), pictures())
     first.save_checkpoint(path)
@@ -306,17 +255,40 @@ def from_resist(worker: int, path: str) -> tuple[int, bool]:
     return trainer.current_epoch, is_sound(module)
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_another_strategy(tmp_path: Path) -> None:
-    assert run_trainers(from_resist, 2, str(tmp_path / "resist.ckpt")) == [(2, True)] * 2
+def test_a_run_goes_on_from_a_checkpoint_of_another_strategy(found: Found) -> None:
+    assert found["another strategy"] == [(2, True)] * 2
 
 
-def compiled(worker: int) -> tuple[int, bool]:
-    module = Classifier()
+def compiled(worker: int, _: Path) -> tuple[int, bool]:
+    module = small_module()
     made: Any = torch.compile(module, backend="eager")
     trainer = make_trainer(make_stages(**CUTS), max_epochs=1, use_distributed_sampler=True)
     trainer.fit(made, pictures())
     return trainer.global_step, is_sound(module)
 
 
-def test_a_module_that_is_compiled_trains() -> None:
-    assert run_trainers(compiled, 2) == [(5, True)] * 2
+def test_a_module_that_is_compiled_trains(found: Found) -> None:
+    assert found["compiled"] == [(5, True)] * 2
+
+
+# ------------------------------------------------------------------ trainings in the same two processes
+
+IN_TURN: dict[str, Callable[[int, Path], Any]] = {
+    "factories": with_each_factory,
+    "new samples": few_of_many,
+    "one sample": one_left,
+    "a second fit": fit_twice,
+    "another strategy": from_resist,
+    "compiled": compiled,
+}
+
+
+def in_turn(worker: int, folder: Path) -> dict[str, Any]:
+    return {name: train(worker, folder) for name, train in IN_TURN.items()}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """The results of both workers, by training."""
+    first, second = run_trainers(in_turn, 2, tmp_path_factory.mktemp("traps"))
+    return {name: [first[name], second[name]] for name in IN_TURN}
