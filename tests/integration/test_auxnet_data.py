@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,15 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from resist_lightning import WorkersDisagree
 from tests.helpers.auxnet import Pictures, fit_stages, pictures
 from tests.helpers.plain import BATCH_SIZE, Classifier
-from tests.helpers.trainers import run_trainers, run_trainers_to_the_end
+from tests.helpers.trainers import run_trainers
 
-CUTS = {"cuts": ["section2"]}
+CUTS = {"cuts": ["4"]}
+
+Found = dict[str, list[Any]]
+
+
+def small_module() -> Classifier:
+    return Classifier("chain")
 
 
 class Augmented(Pictures):
@@ -52,7 +58,7 @@ class Seeing(Classifier):
     """Notes the images of each epoch, by sample."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("chain")
         self.seen: list[dict[int, Tensor]] = [{}, {}]
         self.order: list[list[int]] = [[], []]
 
@@ -71,7 +77,7 @@ LOADERS: dict[str, dict[str, Any]] = {
 }
 
 
-def see(worker: int, loader: str, method: str) -> tuple[list[dict[int, Tensor]], list[list[int]]]:
+def see(worker: int, loader: str, method: str = "delayed") -> tuple[list[dict[int, Tensor]], list[list[int]]]:
     torch.manual_seed(worker)  # users forget to seed
     np.random.seed(worker)
     random.seed(worker)
@@ -84,9 +90,11 @@ def see(worker: int, loader: str, method: str) -> tuple[list[dict[int, Tensor]],
 
 
 @pytest.mark.parametrize("loader", [*LOADERS, "endless"])
-def test_all_workers_see_the_same_images_in_the_same_order_augmented_anew_in_each_epoch(loader: str) -> None:
+def test_all_workers_see_the_same_images_in_the_same_order_augmented_anew_in_each_epoch(
+    loader: str, found: Found
+) -> None:
     """Even if they have no seed, or different ones."""
-    (mine, order), (theirs, other_order) = run_trainers(see, 2, loader, "delayed")
+    (mine, order), (theirs, other_order) = found[loader]
 
     assert order == other_order
     assert order[0] != order[1]
@@ -97,8 +105,8 @@ def test_all_workers_see_the_same_images_in_the_same_order_augmented_anew_in_eac
     assert not any(torch.equal(mine[0][number], mine[1][number]) for number in mine[0])
 
 
-def test_with_stored_guesses_the_augmentation_is_that_of_the_first_epoch() -> None:
-    (mine, order), (theirs, _) = run_trainers(see, 2, "two loader processes", "al-store")
+def test_with_stored_guesses_the_augmentation_is_that_of_the_first_epoch(found: Found) -> None:
+    (mine, order), (theirs, _) = found["stored guesses"]
 
     assert order[0] != order[1]
     for number, image in mine[0].items():
@@ -106,15 +114,16 @@ def test_with_stored_guesses_the_augmentation_is_that_of_the_first_epoch() -> No
             assert torch.equal(image, other[number])
 
 
-def see_frozen_collate(worker: int) -> None:
-    see(worker, "a random collate function", "al-store")
+def see_frozen_collate(worker: int) -> str:
+    with pytest.raises(ValueError, match="Take random transforms out") as raised:
+        see(worker, "a random collate function", "al-store")
+    return str(raised.value)
 
 
-def test_stored_guesses_with_a_random_collate_function_are_refused_in_the_second_epoch() -> None:
-    for outcome in run_trainers_to_the_end(see_frozen_collate, 2):
-        assert isinstance(outcome.error, ValueError), outcome
-        assert "Take random transforms out of the collate function" in str(outcome.error)
-        assert "method='penalty'" in str(outcome.error)
+def test_stored_guesses_with_a_random_collate_function_are_refused_in_the_second_epoch(found: Found) -> None:
+    for said in found["stored guesses, a random collate function"]:
+        assert "Take random transforms out of the collate function" in said
+        assert "method='penalty'" in said
 
 
 # ------------------------------------------------------------------ orders drawn from a global generator
@@ -125,7 +134,7 @@ class DropsInOneStage(Seeing):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net.section1 = nn.Sequential(nn.Dropout(0.1), self.net.section1)
+        self.net[0] = nn.Sequential(nn.Dropout(0.1), self.net[0])
 
 
 class OwnOrder(Sampler[int]):
@@ -153,14 +162,19 @@ def draw_order(worker: int, kind: str, by_lightning: bool) -> tuple[list[list[in
     return module.order, vars(sampler) == before
 
 
-@pytest.mark.parametrize(
-    ("kind", "by_lightning"),
-    [("weighted", True), ("own", False), ("own", True), ("batches", False)],
-)
+ORDERS = {
+    "weighted": ("weighted", True),
+    "own": ("own", False),
+    "own, with Lightning's sampler allowed": ("own", True),
+    "batches": ("batches", False),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
 def test_an_order_that_is_drawn_from_a_global_generator_is_that_of_all_workers_in_every_epoch(
-    kind: str, by_lightning: bool
+    name: str, found: Found
 ) -> None:
-    (mine, same), (theirs, _) = run_trainers(draw_order, 2, kind, by_lightning)
+    (mine, same), (theirs, _) = found[name]
 
     assert mine == theirs
     assert mine[0] != mine[1]
@@ -197,32 +211,33 @@ class OwnGenerator(Pictures):
         return image + torch.randn(image.shape, generator=self.generator), label
 
 
-def disagree(worker: int, what: str) -> None:
+def disagree(worker: int, what: str) -> str:
     torch.manual_seed(worker)
-    module = {"step": DrawsInStep, "transfer": DrawsInTransfer}.get(what, Classifier)()
+    module = {"step": DrawsInStep, "transfer": DrawsInTransfer}.get(what, Classifier)("chain")
     loader = pictures()
     if what == "generator":
         loader = DataLoader(OwnGenerator(worker), BATCH_SIZE, shuffle=True)
     elif what == "shuffle":
         loader = DataLoader(Pictures(), BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(worker))
-    fit_stages(worker, module, CUTS, loader, use_distributed_sampler=what != "shuffle")
+    with pytest.raises(WorkersDisagree) as raised:
+        fit_stages(worker, module, CUTS, loader, use_distributed_sampler=what != "shuffle")
+    return str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("what", "where"),
-    [
-        ("step", "step 0: .*the network's input"),
-        ("transfer", r"batch 0: .*batch\[0\]"),
-        ("generator", r"batch 0: .*batch\[0\]"),
-        ("shuffle", r"batch 0: .*batch\[0\].*batch\[1\]"),
-    ],
-)
-def test_workers_that_see_other_batches_say_so_in_the_first_step(what: str, where: str) -> None:
-    for outcome in run_trainers_to_the_end(disagree, 2, what):
-        assert isinstance(outcome.error, WorkersDisagree), outcome
-        assert re.search(where, str(outcome.error)), outcome.error
-        assert "Leave the order of the samples to Lightning" in str(outcome.error)
-        assert "not in training_step or a batch-transfer hook" in str(outcome.error)
+DIFFERENCES = {
+    "step": "step 0: .*the network's input",
+    "transfer": r"batch 0: .*batch\[0\]",
+    "generator": r"batch 0: .*batch\[0\]",
+    "shuffle": r"batch 0: .*batch\[0\].*batch\[1\]",
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_workers_that_see_other_batches_say_so_in_the_first_step(what: str, found: Found) -> None:
+    for said in found[what]:
+        assert re.search(DIFFERENCES[what], said), said
+        assert "Leave the order of the samples to Lightning" in said
+        assert "not in training_step or a batch-transfer hook" in said
 
 
 def shuffle_alike(worker: int, seeds: tuple[int, ...]) -> list[list[int]]:
@@ -234,11 +249,11 @@ def shuffle_alike(worker: int, seeds: tuple[int, ...]) -> list[list[int]]:
     return module.order
 
 
-@pytest.mark.parametrize("seeds", [(5, 5), ()])
+@pytest.mark.parametrize("name", ["a generator that is seeded alike", "no generator"])
 def test_a_shuffle_of_the_users_own_works_if_it_has_no_generator_or_one_that_is_seeded_alike(
-    seeds: tuple[int, ...],
+    name: str, found: Found
 ) -> None:
-    mine, theirs = run_trainers(shuffle_alike, 2, seeds)
+    mine, theirs = found[name]
     assert mine == theirs
     assert mine[0] != mine[1]
     assert [sorted(epoch) for epoch in mine] == [list(range(len(Pictures())))] * 2
@@ -256,7 +271,7 @@ class PartsLater(OwnGenerator):
 
 class TellsData(Classifier):
     def __init__(self, data: PartsLater) -> None:
-        super().__init__()
+        super().__init__("chain")
         self.data, self.steps = data, 0
 
     def on_train_epoch_start(self) -> None:
@@ -274,22 +289,11 @@ def part_later(worker: int) -> tuple[int, int]:
     return data.epoch, module.steps
 
 
-def test_batches_that_part_in_the_second_epoch_are_told_at_its_start() -> None:
-    assert run_trainers(part_later, 2) == [(1, 5)] * 2
+def test_batches_that_part_in_the_second_epoch_are_told_at_its_start(found: Found) -> None:
+    assert found["a second epoch"] == [(1, 5)] * 2
 
 
-# ------------------------------------------------------------------ last batches, and other sizes
-
-
-def uneven(worker: int, method: str) -> tuple[int, bool]:
-    module = Classifier()
-    trainer = fit_stages(worker, module, {**CUTS, "method": method}, pictures(samples=21), max_epochs=3)
-    return trainer.global_step, all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
-
-
-@pytest.mark.parametrize("method", ["al-net", "penalty-store"])
-def test_a_last_batch_may_be_smaller(method: str) -> None:
-    assert run_trainers(uneven, 2, method) == [(9, True)] * 2
+# ------------------------------------------------------------------ other sizes; last batches: test_auxnet_traps
 
 
 class TwoSizes(Pictures):
@@ -300,11 +304,39 @@ class TwoSizes(Pictures):
         return (image if index < 16 else image.repeat(1, 2, 2)), label
 
 
-def change_size(worker: int) -> None:
-    fit_stages(worker, Classifier(), CUTS, DataLoader(TwoSizes(32), BATCH_SIZE), use_distributed_sampler=False)
+def change_size(worker: int) -> str:
+    loader = DataLoader(TwoSizes(32), BATCH_SIZE)
+    with pytest.raises(ValueError, match="is given") as raised:
+        fit_stages(worker, small_module(), CUTS, loader, use_distributed_sampler=False)
+    return str(raised.value)
 
 
-def test_images_of_another_size_in_mid_training_are_refused_by_all() -> None:
-    for outcome in run_trainers_to_the_end(change_size, 2):
-        assert isinstance(outcome.error, ValueError), outcome
-        assert "is given (3, 16, 16) but was cut for inputs of (3, 8, 8)" in str(outcome.error)
+def test_images_of_another_size_in_mid_training_are_refused_by_all(found: Found) -> None:
+    for said in found["another size"]:
+        assert "is given (3, 16, 16) but was cut for inputs of (3, 8, 8)" in said
+
+
+# ------------------------------------------------------------------ trainings in the same two processes
+
+IN_TURN: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    **{loader: (see, (loader,)) for loader in [*LOADERS, "endless"]},
+    "stored guesses": (see, ("two loader processes", "al-store")),
+    "stored guesses, a random collate function": (see_frozen_collate, ()),
+    **{name: (draw_order, order) for name, order in ORDERS.items()},
+    **{what: (disagree, (what,)) for what in DIFFERENCES},
+    "a generator that is seeded alike": (shuffle_alike, ((5, 5),)),
+    "no generator": (shuffle_alike, ((),)),
+    "a second epoch": (part_later, ()),
+    "another size": (change_size, ()),
+}
+
+
+def in_turn(worker: int) -> dict[str, Any]:
+    return {name: train(worker, *args) for name, (train, args) in IN_TURN.items()}
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """The results of both workers, by training."""
+    first, second = run_trainers(in_turn, 2, timeout=100)
+    return {name: [first[name], second[name]] for name in IN_TURN}
