@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from tests.helpers.auxnet import Metered, make_stages, pictures
+from tests.helpers.auxnet import CUTS, Metered, make_stages, pictures
 from tests.helpers.restarted import Harm, Seen
 from tests.helpers.trainers import QUIET
 
@@ -23,7 +23,7 @@ STEPS = 10
 def train(start_method: Any, folder: str, harm_after: int = 0) -> dict[str, Any]:
     """Fit with two workers; returns the results."""
     seen = Seen()
-    options = {"cuts": ["section2"], "method": "al-net", "multiplier_every": 2, "start_method": start_method}
+    options = {"cuts": CUTS[2], "method": "al-net", "multiplier_every": 2, "start_method": start_method}
     callbacks: list[L.Callback] = [seen]
     if harm_after:
         callbacks.append(Harm(Path(folder), harm_after))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.auxnet import Metered, fit_stages
+from tests.helpers.auxnet import CUTS, Metered, fit_stages
 from tests.helpers.launched_stages import STEPS, main, train
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import as_a_main_process, run_torchrun
@@ -24,7 +24,7 @@ KILLED_AFTER = 7
 
 def expect(worker: int) -> dict[str, Any]:
     module = Metered()
-    strategy = {"cuts": ["section2"], "method": "al-net", "multiplier_every": 2}
+    strategy = {"cuts": CUTS[2], "method": "al-net", "multiplier_every": 2}
     trainer = fit_stages(worker, module, strategy, max_epochs=2)
     return {
         "state": clone_state(module),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -12,13 +13,15 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from resist_lightning import AuxNetStrategy, PartialModelError, StageSelectionError
+from resist_lightning import AuxNetStrategy, PartialModelError, StageSelectionError, WorkerLost
 from tests.helpers.auxnet import fit_stages, make_stages, pictures
 from tests.helpers.plain import Classifier, held_out
-from tests.helpers.trainers import QUIET, make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.trainers import QUIET, make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 
-CUTS = {"cuts": ["section2"]}
+CUTS = {"cuts": ["0"]}  # of a chain: the boundary is an image of 6 channels
+
+Found = dict[str, list[Any]]
 
 # ------------------------------------------------------------------ before launch: in the process of the script
 
@@ -111,16 +114,19 @@ def test_other_backends_than_gloo_are_refused() -> None:
 # ------------------------------------------------------------------ before the first step
 
 
-def no_such_input(worker: int, which: Any) -> None:
-    fit_stages(worker, Classifier(), {"input": which})
+def no_such_input(worker: int, which: Any) -> str:
+    with pytest.raises(ValueError, match="input=") as raised:
+        fit_stages(worker, Classifier("chain"), {"input": which})
+    return str(raised.value)
 
 
-@pytest.mark.parametrize(("which", "expected"), [("image", "of 2 elements"), (5, "of 2 elements"), (1, "int64")])
-def test_a_wrong_name_of_the_input_is_told_with_what_the_batch_has(which: Any, expected: str) -> None:
-    for outcome in run_trainers_to_the_end(no_such_input, 2, which):
-        assert isinstance(outcome.error, ValueError), outcome
-        assert expected in str(outcome.error)
-        assert "input=" in str(outcome.error)
+INPUTS: dict[Any, str] = {"image": "of 2 elements", 5: "of 2 elements", 1: "int64"}
+
+
+@pytest.mark.parametrize("which", INPUTS)
+def test_a_wrong_name_of_the_input_is_told_with_what_the_batch_has(which: Any, found: Found) -> None:
+    for said in found[f"input {which}"]:
+        assert INPUTS[which] in said
 
 
 class WrongShape(nn.Module):
@@ -146,7 +152,7 @@ def wrong_shape(image: tuple[int, ...], boundary: tuple[int, ...]) -> nn.Module:
     return WrongShape()
 
 
-def with_factory(worker: int, factory: Any, method: str) -> tuple[list[str], bool]:
+def with_factory(worker: int, factory: Any) -> tuple[list[str], bool]:
     kinds: list[str] = []
 
     class Sees(L.Callback):
@@ -154,25 +160,29 @@ def with_factory(worker: int, factory: Any, method: str) -> tuple[list[str], boo
             guesses = trainer.strategy.engine.sync.stage_worker.guesses
             kinds[:] = [type(child).__name__ for child in guesses.network.modules()] if guesses is not None else []
 
-    module = Classifier()
-    fit_stages(worker, module, {**CUTS, "aux_network": factory, "method": method}, callbacks=[Sees()])
+    module = Classifier("chain")
+    fit_stages(worker, module, {**CUTS, "aux_network": factory, "method": "al-net"}, callbacks=[Sees()])
     return kinds, all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
 
 
-@pytest.mark.parametrize("method", ["penalty", "al-net"])
-def test_users_may_bring_their_own_auxiliary_network(method: str) -> None:
-    (first, sound), (second, _) = run_trainers(with_factory, 2, Small, method)
+def test_users_may_bring_their_own_auxiliary_network(found: Found) -> None:
+    """With method penalty: test_auxnet_traps."""
+    (first, sound), (second, _) = found["own auxiliary network"]
     assert first == []
     assert "Small" in second
     assert sound
 
 
-def test_an_auxiliary_network_of_another_shape_is_refused() -> None:
-    outcomes = run_trainers_to_the_end(with_factory, 2, wrong_shape, "penalty")
-    for outcome in outcomes:
-        assert outcome.error is not None
-    assert isinstance(outcomes[1].error, ValueError), outcomes[1]
-    assert "(8, 4, 4)" in str(outcomes[1].error)
+def with_wrong_shape(worker: int) -> BaseException:
+    with pytest.raises((ValueError, WorkerLost)) as raised:  # worker 0 learns of it from worker 1
+        with_factory(worker, wrong_shape)
+    return raised.value
+
+
+def test_an_auxiliary_network_of_another_shape_is_refused(found: Found) -> None:
+    _, second = found["auxiliary network of another shape"]
+    assert isinstance(second, ValueError), second
+    assert "the boundary needs (12, 8, 8)" in str(second)  # λ and u, of six channels each
 
 
 # ------------------------------------------------------------------ in the first step
@@ -206,45 +216,47 @@ class CallsParts(Classifier):
     """Calls the network's parts, not the network."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        net = self.net
-        features = net.section4(net.section3(net.section2(net.section1(net.stem(batch[0])))))
+        features = batch[0]
+        for layer in self.net.children():
+            features = layer(features)
         return features.square().mean()
 
 
-def train_odd(worker: int, module: type[Classifier]) -> None:
-    fit_stages(worker, module(), {**CUTS, "warmup_steps": 0})
+ODD: dict[type[Classifier], tuple[type[Exception], str]] = {
+    CallsTwice: (RuntimeError, "Call it once per training_step"),
+    EvaluatesInStep: (PartialModelError, "Evaluate through the Trainer"),
+    CallsParts: (PartialModelError, "Call net as a whole in training, not its parts"),
+    EvalModeInStep: (PartialModelError, "Evaluate through the Trainer"),
+}
 
 
-@pytest.mark.parametrize(
-    ("module", "kind", "expected"),
-    [
-        (CallsTwice, RuntimeError, "Call it once per training_step"),
-        (EvaluatesInStep, PartialModelError, "Evaluate through the Trainer"),
-        (CallsParts, PartialModelError, "Call net as a whole in training, not its parts"),
-        (EvalModeInStep, PartialModelError, "Evaluate through the Trainer"),
-    ],
-)
-def test_what_a_training_step_must_not_do_is_told_on_all_workers(module: Any, kind: Any, expected: str) -> None:
-    for outcome in run_trainers_to_the_end(train_odd, 2, module, timeout=30):
-        assert isinstance(outcome.error, kind), outcome
-        assert expected in str(outcome.error)
+def train_odd(worker: int, module: type[Classifier]) -> str:
+    with pytest.raises(ODD[module][0]) as raised:
+        fit_stages(worker, module("chain"), {**CUTS, "warmup_steps": 0})
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("module", ODD)
+def test_what_a_training_step_must_not_do_is_told_on_all_workers(module: type[Classifier], found: Found) -> None:
+    for said in found[module.__name__]:
+        assert ODD[module][1] in said
 
 
 # ------------------------------------------------------------------ after a refusal
 
 
 def refused_then_right(worker: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    module = Classifier()
+    module = Classifier("chain")
     with pytest.raises(StageSelectionError):
-        fit_stages(worker, module, {"cuts": ["head"]})
+        fit_stages(worker, module, {"cuts": ["11"]})
     fit_stages(worker, module, {**CUTS, "warmup_steps": 0, "batch_norm": "running"}, validation=held_out(worker))
-    fresh = Classifier()
+    fresh = Classifier("chain")
     fit_stages(worker, fresh, {**CUTS, "warmup_steps": 0, "batch_norm": "running"})
     return clone_state(module), clone_state(fresh)
 
 
-def test_after_a_refusal_the_module_is_as_it_was() -> None:
-    for state, fresh in run_trainers(refused_then_right, 2):
+def test_after_a_refusal_the_module_is_as_it_was(found: Found) -> None:
+    for state, fresh in found["after a refusal"]:
         assert_equal_states(state, fresh, exactly=True)
 
 
@@ -258,3 +270,25 @@ def test_the_names_are_known_to_the_trainer() -> None:
         strategy = make_trainer(name, devices=2).strategy
         assert isinstance(strategy, AuxNetStrategy)
         assert strategy._start_method == start_method
+
+
+# ------------------------------------------------------------------ trainings in the same two processes
+
+IN_TURN: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    **{f"input {which}": (no_such_input, (which,)) for which in INPUTS},
+    "own auxiliary network": (with_factory, (Small,)),
+    "auxiliary network of another shape": (with_wrong_shape, ()),
+    **{module.__name__: (train_odd, (module,)) for module in ODD},
+    "after a refusal": (refused_then_right, ()),
+}
+
+
+def in_turn(worker: int) -> dict[str, Any]:
+    return {name: train(worker, *args) for name, (train, args) in IN_TURN.items()}
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """The results of both workers, by training."""
+    first, second = run_trainers(in_turn, 2)
+    return {name: [first[name], second[name]] for name in IN_TURN}

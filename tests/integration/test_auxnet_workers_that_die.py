@@ -11,14 +11,13 @@ import pytest
 
 from resist_lightning import NotFinite, WorkerLost
 from tests.helpers import dying
-from tests.helpers.auxnet import GUESSES, LATE, SERIAL, fit_stages, pictures
+from tests.helpers.auxnet import CUTS, GUESSES, LATE, SERIAL, fit_stages, pictures
 from tests.helpers.plain import Classifier
 from tests.helpers.trainers import run_trainers_to_the_end
 from tests.helpers.worker import Outcome
 
 PATIENCE_SECONDS = 60
 NAME = r"worker {} \(host .+, pid \d+\) "
-CUTS = {2: ["section2"], 3: ["section2", "section3.2"]}
 AT_STEP = 7
 
 pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
@@ -28,7 +27,7 @@ class Harmed(Classifier):
     """One worker fails in a step: before its forward, its backward, or its optimizer step."""
 
     def __init__(self, what: str, where: str, doomed: int) -> None:
-        super().__init__()
+        super().__init__("chain")
         self.what, self.where, self.doomed = what, where, doomed
 
     def meet(self, where: str, batch_idx: int) -> None:
@@ -112,7 +111,7 @@ class Diverges(Classifier):
 
 
 def diverge(worker: int) -> None:
-    fit_stages(worker, Diverges(), {"cuts": CUTS[2]}, pictures(samples=100))
+    fit_stages(worker, Diverges("chain"), {"cuts": CUTS[2]}, pictures(samples=100))
 
 
 def test_a_stage_with_nan_ends_the_run_at_the_next_handshake() -> None:
