@@ -13,8 +13,7 @@ from resist_lightning import NotFinite, WorkerLost
 from tests.helpers import dying
 from tests.helpers.auxnet import CUTS, GUESSES, LATE, SERIAL, fit_stages, pictures
 from tests.helpers.plain import Classifier
-from tests.helpers.trainers import run_trainers_to_the_end
-from tests.helpers.worker import Outcome
+from tests.helpers.trainers import run_trainers, run_trainers_to_the_end
 
 PATIENCE_SECONDS = 60
 NAME = r"worker {} \(host .+, pid \d+\) "
@@ -62,9 +61,9 @@ def harm(what: str, where: str, doomed: int, how: dict[str, Any], workers: int =
     return outcomes
 
 
-def assert_lost(outcome: Outcome, worker: int, how: str) -> None:
-    assert isinstance(outcome.error, WorkerLost), outcome
-    assert re.match(NAME.format(worker) + how, str(outcome.error)), outcome.error
+def assert_lost(error: BaseException | None, worker: int, how: str) -> None:
+    assert isinstance(error, WorkerLost), error
+    assert re.match(NAME.format(worker) + how, str(error)), error
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,6 @@ def assert_lost(outcome: Outcome, worker: int, how: str) -> None:
     [
         ("forward", 2, 3, LATE),  # the others wait for the network's output
         ("backward", 1, 2, LATE),  # the other waits for a late gradient
-        ("backward", 1, 2, GUESSES),
         ("step", 0, 2, GUESSES),  # the other waits for the truth
         ("backward", 1, 2, SERIAL),  # the other waits for a gradient, inside its backward pass
         ("forward", 0, 3, SERIAL),  # worker 1 waits for the truth, and worker 2 for worker 1
@@ -83,23 +81,13 @@ def test_a_killed_worker_is_named_by_all_others(where: str, doomed: int, workers
 
     assert outcomes[doomed].end == "SIGKILL"
     for other in set(range(workers)) - {doomed}:
-        assert_lost(outcomes[other], doomed, "ended without reporting an error")
-
-
-@pytest.mark.parametrize(
-    ("where", "doomed", "how"), [("forward", 1, GUESSES), ("backward", 1, LATE), ("step", 0, LATE)]
-)
-def test_an_error_in_one_worker_ends_all(where: str, doomed: int, how: dict[str, Any]) -> None:
-    outcomes = harm("raise", where, doomed, how)
-
-    assert isinstance(outcomes[doomed].error, KeyError)
-    assert_lost(outcomes[1 - doomed], doomed, "failed with KeyError: .*a mistake")
+        assert_lost(outcomes[other].error, doomed, "ended without reporting an error")
 
 
 def test_a_worker_that_hangs_is_named_after_the_timeout() -> None:
     outcomes = harm("hang", "backward", 1, SERIAL, timeout=5)
 
-    assert_lost(outcomes[0], 1, "is alive, but has not reached")
+    assert_lost(outcomes[0].error, 1, "is alive, but has not reached")
 
 
 class Diverges(Classifier):
@@ -110,11 +98,38 @@ class Diverges(Classifier):
         return loss * float("nan") if batch_idx == 4 else loss
 
 
-def diverge(worker: int) -> None:
-    fit_stages(worker, Diverges("chain"), {"cuts": CUTS[2]}, pictures(samples=100))
+ERRORS = {
+    "before a forward": ("forward", 1, GUESSES),
+    "before a backward": ("backward", 1, LATE),
+    "before a step": ("step", 0, LATE),
+}
 
 
-def test_a_stage_with_nan_ends_the_run_at_the_next_handshake() -> None:
-    for outcome in run_trainers_to_the_end(diverge, 2):
-        assert isinstance(outcome.error, NotFinite), outcome
-        assert "worker 1 in" in str(outcome.error)
+def errors(worker: int) -> dict[str, BaseException]:
+    """The errors of this worker in several trainings, one after the other."""
+    found: dict[str, BaseException] = {}
+    for name, (where, doomed, how) in ERRORS.items():
+        with pytest.raises((KeyError, WorkerLost)) as raised:
+            train(worker, "raise", where, doomed, how, 2, 30)
+        found[name] = raised.value
+    with pytest.raises(NotFinite) as diverged:
+        fit_stages(worker, Diverges("chain"), {"cuts": CUTS[2]}, pictures(samples=100))
+    return {**found, "NaN": diverged.value}
+
+
+@pytest.fixture(scope="module")
+def raised() -> list[dict[str, BaseException]]:
+    return run_trainers(errors, 2, timeout=PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_in_one_worker_ends_all(name: str, raised: list[dict[str, BaseException]]) -> None:
+    doomed = ERRORS[name][1]
+
+    assert isinstance(raised[doomed][name], KeyError)
+    assert_lost(raised[1 - doomed][name], doomed, "failed with KeyError: .*a mistake")
+
+
+def test_a_stage_with_nan_ends_the_run_at_the_next_handshake(raised: list[dict[str, BaseException]]) -> None:
+    for of_worker in raised:
+        assert "worker 1 in" in str(of_worker["NaN"])
