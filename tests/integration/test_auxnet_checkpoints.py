@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.helpers.auxnet import Metered, Pictures, fit_stages, make_stages, told
+from tests.helpers.auxnet import CUTS, Metered, Pictures, fit_stages, make_stages, told
 from tests.helpers.nets import MlpBlock
 from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier, batch_of, evaluate
 from tests.helpers.stages import SmallViT
@@ -49,7 +49,7 @@ def train_and_save(worker: int, folder: str) -> dict[str, Any]:
     stopping = EarlyStopping("val/loss", mode="max", min_delta=1e9, patience=1)  # no epoch but the first improves
     logger = CSVLogger(folder) if worker == 0 else CSVLogger(f"{folder}/other")
     trainer = fit_stages(
-        *(worker, module, {"cuts": ["section2"]}),
+        *(worker, module, {"cuts": CUTS[2]}),
         validation=in_turn(),
         max_epochs=9,
         enable_checkpointing=True,
@@ -59,7 +59,7 @@ def train_and_save(worker: int, folder: str) -> dict[str, Any]:
     )
     at_end, epochs = clone_state(module), trainer.current_epoch
     trainer.save_checkpoint(f"{folder}/end.ckpt")
-    return {
+    found = {
         "epochs": epochs,
         "best": (best.best_model_path, float(best.best_model_score)),
         "of training": (by_training.best_model_path, float(by_training.best_model_score)),
@@ -68,23 +68,40 @@ def train_and_save(worker: int, folder: str) -> dict[str, Any]:
         "predicted": trainer.predict(module, in_turn()),
         "state": at_end,
     }
+    return {**found, "elsewhere": evaluate_anywhere(worker, make_stages(), f"{folder}/end.ckpt")}
+
+
+def evaluate_anywhere(worker: int, strategy: Any, path: str) -> tuple[dict[str, float], dict[str, float], State]:
+    """Evaluates a checkpoint with another Trainer and another module."""
+    module, trainer = Metered(seed=worker), make_trainer(strategy)
+    validated = trainer.validate(module, in_turn(), ckpt_path=path, verbose=False)[0]
+    tested = trainer.test(module, in_turn(), ckpt_path=path, verbose=False)[0]
+    return metrics_of(validated), metrics_of(tested), clone_state(module)
 
 
 def metrics_of(logged: Any) -> dict[str, float]:
     return {key.split("/")[1]: float(value) for key, value in logged.items()}
 
 
-def test_checkpoints_are_plain_models_and_evaluate_as_reported(tmp_path: Path) -> None:
-    results = run_trainers(train_and_save, 2, str(tmp_path))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
 
-    for found in results:
+
+@pytest.fixture(scope="module")
+def evaluated(folder: Path) -> list[dict[str, Any]]:
+    return run_trainers(train_and_save, 2, str(folder))
+
+
+def test_checkpoints_are_plain_models_and_evaluate_as_reported(evaluated: list[dict[str, Any]], folder: Path) -> None:
+    for found in evaluated:
         assert found["epochs"] == 2
         for same in ("best", "of training", "validated", "tested"):
-            assert found[same] == results[0][same]
-        assert_equal_states(found["state"], results[0]["state"], exactly=True)
+            assert found[same] == evaluated[0][same]
+        assert_equal_states(found["state"], evaluated[0]["state"], exactly=True)
     names = clone_state(Metered()).keys()
-    saved = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")}
-    train = Path(results[0]["of training"][0]).name
+    saved = {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.ckpt")}
+    train = Path(evaluated[0]["of training"][0]).name
     assert saved.keys() == {"val-step=5.ckpt", "val-step=10.ckpt", "end.ckpt", train}
     loss_of = {}
     for name, checkpoint in saved.items():
@@ -93,49 +110,32 @@ def test_checkpoints_are_plain_models_and_evaluate_as_reported(tmp_path: Path) -
         weights = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("accuracy")}
         module.load_state_dict(weights, strict=True)
         loss_of[name] = evaluate(module, 2)
-    best_path, best_score = results[0]["best"]
+    best_path, best_score = evaluated[0]["best"]
     best = loss_of[Path(best_path).name]
     assert best_score == pytest.approx(best["loss"], abs=1e-6)
     assert best["loss"] == min(loss_of[f"val-step={step}.ckpt"]["loss"] for step in (5, 10))
-    assert results[0]["tested"] == pytest.approx(best, abs=1e-6)
-    assert results[0]["validated"] == pytest.approx(loss_of["end.ckpt"], abs=1e-6)
+    assert evaluated[0]["tested"] == pytest.approx(best, abs=1e-6)
+    assert evaluated[0]["validated"] == pytest.approx(loss_of["end.ckpt"], abs=1e-6)
     loaded = Metered()
     loaded.load_state_dict(saved[Path(best_path).name]["state_dict"])
-    for worker, found in enumerate(results):
+    for worker, found in enumerate(evaluated):
         for step, predicted in enumerate(found["predicted"]):
             torch.testing.assert_close(predicted, loaded.eval()(batch_of(100 + worker, step)[0]))
-    rows = next(tmp_path.glob("lightning_logs/version_0/metrics.csv")).read_text().splitlines()
+    rows = next(folder.glob("lightning_logs/version_0/metrics.csv")).read_text().splitlines()
     assert "lr-SGD" in rows[0]
 
 
-def evaluate_anywhere(worker: int, strategy: str, path: str) -> tuple[dict[str, float], dict[str, float], State]:
-    made: Any = make_stages() if strategy == "auxnet" else strategy
-    module, trainer = Metered(seed=worker), make_trainer(made)
-    validated = trainer.validate(module, in_turn(), ckpt_path=path, verbose=False)[0]
-    tested = trainer.test(module, in_turn(), ckpt_path=path, verbose=False)[0]
-    return metrics_of(validated), metrics_of(tested), clone_state(module)
-
-
-def only_train(worker: int, path: str) -> State:
-    module = Metered()
-    trainer = fit_stages(worker, module, {"cuts": ["section2"]})
-    trainer.save_checkpoint(path)
-    return clone_state(module)
-
-
-def test_a_checkpoint_is_evaluated_alike_under_this_strategy_and_without_it(tmp_path: Path) -> None:
-    path = str(tmp_path / "a.ckpt")
-    state = run_trainers(only_train, 2, path)[0]
-    here = run_trainers(evaluate_anywhere, 2, "auxnet", path)
+def test_a_checkpoint_is_evaluated_alike_under_this_strategy_and_without_it(
+    evaluated: list[dict[str, Any]], folder: Path
+) -> None:
+    state = evaluated[0]["state"]
     module = Metered()
     module.load_state_dict(state)
     expected = evaluate(module, 2)
-    for validated, tested, loaded in here:
+    plain = evaluate_anywhere(0, "auto", f"{folder}/end.ckpt")
+    for validated, tested, loaded in [plain, *(found["elsewhere"] for found in evaluated)]:
         assert validated == tested == pytest.approx(expected, abs=1e-6)
         assert_equal_states(loaded, state, exactly=True)
-    validated, tested, loaded = evaluate_anywhere(0, "auto", path)
-    assert validated == tested == pytest.approx(expected, abs=1e-6)
-    assert_equal_states(loaded, state, exactly=True)
 
 
 def norm_policy(worker: int, policy: str) -> tuple[float, float, State]:
@@ -146,7 +146,7 @@ def norm_policy(worker: int, policy: str) -> tuple[float, float, State]:
         def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
             seen.append(float(trainer.callback_metrics["val/loss"]))
 
-    strategy = {"method": "penalty", "cuts": ["section2"], "batch_norm": policy, "warmup_steps": 0}
+    strategy = {"method": "penalty", "cuts": CUTS[2], "batch_norm": policy, "warmup_steps": 0}
     trainer = fit_stages(worker, module, strategy, validation=in_turn(), callbacks=[Sees()])
     after = trainer.validate(module, in_turn(), verbose=False)[0]["val/loss"]
     return seen[0], after, clone_state(module)
@@ -184,7 +184,7 @@ class Augmented(Pictures):
         return image + torch.randn(3, 8, 8) / 2 + random.random() / 2, label
 
 
-class Scheduled(Metered):
+class Scheduled(Classifier):
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
@@ -205,34 +205,35 @@ class Case:
     optimizer: str = "sgd"
     processes: bool = False
     clip: float | None = None  # by value; behind the warm-up stages with late gradients have none at first
-    network: Callable[[], nn.Module] | None = None  # None is a ResNet with batch norm
+    network: Callable[[], nn.Module] | None = None  # None is a chain with batch norm
     stops: tuple[int, ...] = ()
-    """In mid-epoch after 3 batches, where a handshake is due, and after 7, where none is; after 5 an epoch ends."""
+    """In mid-epoch after 3 batches, where a handshake is due, after 1 and 7, where none is; after 5 an epoch ends."""
 
 
 CASES = {
     "penalty, three workers, cut by time": Case(
-        {"method": "penalty"}, workers=3, optimizer="adamw", stops=(1, 5, 9), network=residual_mlp
+        {"method": "penalty"}, workers=3, optimizer="adamw", stops=(7,), network=residual_mlp
     ),
-    "al-net, gradients that add up": Case({"method": "al-net", "multiplier_every": 2}, accumulate=2, stops=(3, 7)),
     "al-store, cut where the user says": Case(
-        {"method": "al-store", "multiplier_every": 2, "cuts": ["section2"]}, stops=(5, 7)
+        {"method": "al-store", "multiplier_every": 2, "cuts": CUTS[2]}, stops=(5, 7)
     ),
     "late gradients, three workers, cut by time": Case(
-        {"method": "delayed"}, workers=3, optimizer="adamw", clip=0.01, stops=(1, 5, 9), network=residual_mlp
+        {"method": "delayed"}, workers=3, optimizer="adamw", clip=0.01, stops=(1, 9), network=residual_mlp
     ),
-    "late gradients that add up": Case(
-        {"method": "delayed", "delay": 2, "cuts": ["section2"]}, accumulate=2, stops=(3, 7)
-    ),
-    "al-net, beta grows, loader processes": Case(
-        {"method": "al-net", "beta_growth": 3.0}, processes=True, stops=(3, 7), network=partial(SmallViT, dropout=0.2)
+    "late gradients that add up": Case({"method": "delayed", "delay": 2, "cuts": CUTS[2]}, accumulate=2, stops=(3, 7)),
+    "al-net, beta grows, gradients that add up, loader processes": Case(
+        {"method": "al-net", "multiplier_every": 2, "beta_growth": 3.0},
+        accumulate=2,
+        processes=True,
+        network=partial(SmallViT, dropout=0.2),
+        stops=(3, 7),
     ),
 }
 
 
 def train(worker: int, case: Case, ckpt_path: str | None, callbacks: list[L.Callback]) -> State:
     L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
-    module = Scheduled(optimizer=case.optimizer, seed=7 if ckpt_path is None else 8)
+    module = Scheduled("chain", optimizer=case.optimizer, seed=7 if ckpt_path is None else 8)
     if case.network is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(9)
@@ -282,55 +283,86 @@ def go_on(worker: int, path: str) -> tuple[State, list[str], int, list[str], lis
 
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
-    module = Scheduled(seed=8)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(handler)
+    module = Scheduled("chain", seed=8)
     loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = fit_stages(worker, module, {}, loader, max_epochs=3, callbacks=[Sees()], ckpt_path=path)
+    logger.removeHandler(handler)
     return clone_state(module), told(caught, "are missing. The training resumes"), trainer.global_step, held, said
 
 
-def save(worker: int, folder: str, method: str) -> None:
-    train(worker, Case({"method": method}), None, [SavesAt(folder, (7,))])
+METHODS = ("delayed", "penalty")
+
+
+def save(worker: int, folder: Path) -> None:
+    for method in METHODS:
+        train(worker, Case({"method": method}), None, [SavesAt(str(folder / method), (7,))])
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint of two workers, in mid-epoch."""
+    """A folder with a checkpoint of two workers, in mid-epoch, for each method."""
     folder = tmp_path_factory.mktemp("saved")
-    run_trainers(save, 2, str(folder), "delayed")
+    for method in METHODS:
+        (folder / method).mkdir()
+    run_trainers(save, 2, folder)
+    shutil.copytree(folder / "delayed", folder / "lost")
+    shutil.rmtree(folder / "lost" / "7.ckpt.workers")
     return folder
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_other_workers_or_lost_files_go_on_from_the_full_model(workers: int, saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    if workers == 2:
-        shutil.rmtree(tmp_path / "7.ckpt.workers")
+def go_on_twice(worker: int, folder: Path) -> list[Any]:
+    return [go_on(worker, f"{folder}/{name}/7.ckpt") for name in ("lost", "penalty")]
 
-    results = run_trainers(go_on, workers, str(tmp_path / "7.ckpt"))
 
-    names = {name for name, _ in Metered().named_parameters()}
+@pytest.fixture(scope="module")
+def gone_on(saved: Path) -> list[list[Any]]:
+    """The results of both workers: with lost files, and from a checkpoint of another method."""
+    first, second = run_trainers(go_on_twice, 2, saved)
+    return [list(results) for results in zip(first, second, strict=True)]
+
+
+def assert_whole(results: list[Any]) -> None:
+    """The workers end with one model, and have trained all of it."""
+    names = {name for name, _ in Scheduled("chain").named_parameters()}
     assert set().union(*(held for _, _, _, held, _ in results)) == names
-    for worker, (state, warned, steps, held, said) in enumerate(results):
+    for state, _, _, held, said in results:
         assert_equal_states(state, results[0][0], exactly=True)
-        assert steps in (12, 15)
-        assert len(warned) == (workers == 2 and worker == 0)
-        assert len(held) < len(names) or workers == 1
-        expected = f"The {workers} worker(s) here resume from its full model, with a new partition, in round 3"
-        assert any(expected in line for line in said) == (workers != 2 and worker == 0)
+        assert len(held) < len(names) or len(results) == 1
         assert not any("has built the whole module" in line for line in said)  # as it must, to measure it
 
 
-def test_a_checkpoint_of_another_method_goes_on_from_the_full_model_and_names_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_another_number_of_workers_goes_on_from_the_full_model(workers: int, saved: Path) -> None:
+    results = run_trainers(go_on, workers, str(saved / "delayed" / "7.ckpt"))
+
+    assert_whole(results)
+    for worker, (_, warned, steps, _, said) in enumerate(results):
+        assert steps in (12, 15)
+        assert not warned
+        expected = f"The {workers} worker(s) here resume from its full model, with a new partition, in round 3"
+        assert any(expected in line for line in said) == (worker == 0)
+
+
+def test_where_files_are_lost_a_run_goes_on_from_the_full_model(gone_on: list[list[Any]]) -> None:
+    results, _ = gone_on
+
+    assert_whole(results)
+    for worker, (_, warned, steps, _, said) in enumerate(results):
+        assert steps in (12, 15)
+        assert len(warned) == (worker == 0)
+        assert not any("resume from its full model, with a new partition" in line for line in said)
+
+
+def test_a_checkpoint_of_another_method_goes_on_from_the_full_model_and_names_both(gone_on: list[list[Any]]) -> None:
     """For example from a checkpoint that is older than a change of the default."""
-    run_trainers(save, 2, str(tmp_path), "penalty")
+    _, results = gone_on
 
-    results = run_trainers(go_on, 2, str(tmp_path / "7.ckpt"))
-
-    for worker, (state, _, steps, _, said) in enumerate(results):
-        assert_equal_states(state, results[0][0], exactly=True)
+    assert_whole(results)
+    for worker, (_, _, steps, _, said) in enumerate(results):
         assert steps == 15
         expected = "method='penalty', here 'delayed'). The 2 worker(s) here resume from its full model"
         assert any(expected in line for line in said) == (worker == 0)
