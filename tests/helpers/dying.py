@@ -27,7 +27,7 @@ from tests.helpers.trainers import QUIET, kind_for, make_strategy
 
 SILENCE = timedelta(seconds=4)
 TIMEOUT = timedelta(seconds=30)  # above the time to import Lightning on a busy machine
-STEPS, AT_STEP = 400, 61
+STEPS, AT_STEP = 400, 13
 
 
 def hang() -> None:
@@ -68,7 +68,7 @@ class Harmed(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.meet_harm("step", batch_idx)
-        time.sleep(0.02)  # so that a run outlasts the detection of the failure
+        time.sleep(0.2)  # so that some heartbeats come before the failure, and a run outlasts its detection
         return super().training_step(batch, batch_idx)
 
     def train_dataloader(self) -> DataLoader[Any]:

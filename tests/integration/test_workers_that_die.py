@@ -56,7 +56,7 @@ def assert_lost(outcome: Outcome, worker: int, how: str, folder: Path) -> None:
     said = str(outcome.error)
     assert re.match(NAME.format(worker) + how, said), said
     # The last heartbeat may be some steps old, as such small steps are shorter than the time between heartbeats.
-    assert re.search(r"(last doing:|still in) [a-z -]+, round (19|20), local step \d", said), said
+    assert re.search(r"(last doing:|still in) [a-z -]+, round [34], local step \d", said), said
     assert said.endswith(f"Resume with Trainer.fit(..., ckpt_path='{folder}/last.ckpt').")
 
 
@@ -122,7 +122,6 @@ def witness(folder: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("what", "doomed", "how"),
     [
-        ("raise", 1, r"failed with KeyError: 'a mistake'"),
         ("train then raise", 1, r"failed with KeyError: 'a mistake'"),
         ("kill", 0, r"ended without reporting an error"),
     ],
