@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,22 @@ from resist_lightning import (
     WorkersDisagree,
 )
 from tests.helpers.plain import Classifier, batch_of, stream
-from tests.helpers.trainers import make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, SavesAt, unbroken_and_resumed
 from tests.integration.test_snapshots import Stops
 
 TWO = {"devices_per_worker": 2}
 SEED = 17  # with others an activation falls on the kink of a ReLU, where the last bit decides
-FIND = {"find_unused_parameters": True}
+
+Found = dict[str, list[Any]]
 
 RESUMED = {
-    "resist": (2, Case(4, "resist", {**TWO, "momentum": "travel", "min_blocks": 3}, "sgd", "shuffled", 1, (2, 4, 8))),
-    "ist": (2, Case(4, "ist", {**TWO, "momentum": "keep"}, "sgd", "shuffled", 1, (2, 7))),
-    "local_sgd": (
+    "resist": (
         2,
-        Case(6, "local_sgd", {"devices_per_worker": 3, "momentum": "keep"}, "adamw", "shuffled", 2, (3, 8), early=True),
+        Case(4, "resist", {**TWO, "momentum": "travel", "min_blocks": 3}, "adamw", "shuffled", 2, (3, 8), early=True),
     ),
+    "ist": (2, Case(6, "ist", {"devices_per_worker": 3, "momentum": "keep"}, "sgd", "shuffled", 1, (7,))),
 }
 
 
@@ -59,7 +61,7 @@ class ByHand(Classifier):
     """Two backward passes and two steps in each batch."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__(seed=seed)
+        super().__init__("chain", seed=seed)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -80,20 +82,19 @@ def shard_by_shard(module: Classifier, members: int, worker: int, step: int, ima
             module.load_state_dict(before, strict=False)
 
 
-def trained(rank: int, manual: bool, options: dict[str, Any]) -> dict[str, Tensor]:
-    module: Any = ByHand(seed=SEED) if manual else Classifier(seed=SEED)
-    strategy = make_strategy("local_sgd", **options)
+def trained(rank: int, _: Path, manual: bool) -> dict[str, Tensor]:
+    module: Any = ByHand(seed=SEED) if manual else Classifier("chain", seed=SEED)
     accumulate = 1 if manual else 2
-    trainer = make_trainer(strategy, max_epochs=1, accumulate_grad_batches=accumulate)
+    trainer = make_trainer(make_strategy("local_sgd", **TWO), max_epochs=1, accumulate_grad_batches=accumulate)
     trainer.fit(module, stream(rank, 6))
     return clone_state(module)
 
 
 @pytest.mark.parametrize("manual", [False, True])
-def test_gradients_are_averaged_in_a_worker_and_weights_between_workers(manual: bool) -> None:
-    results = run_trainers(trained, 4, manual, TWO)
+def test_gradients_are_averaged_in_a_worker_and_weights_between_workers(manual: bool, found: Found) -> None:
+    results = found["by hand" if manual else "accumulated"]
 
-    modules = [Classifier(seed=SEED), Classifier(seed=SEED)]
+    modules = [Classifier("chain", seed=SEED), Classifier("chain", seed=SEED)]
     optimizers = [module.configure_optimizers() for module in modules]
     for step in range(6):
         for worker, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
@@ -133,38 +134,29 @@ def average(modules: list[Classifier]) -> None:
             state[name].copy_(mean)
 
 
-def resumed_as(rank: int, path: str, options: dict[str, Any]) -> list[str]:
+def stop_two_by_two(rank: int, folder: Path) -> None:
+    strategy = make_strategy(**TWO, snapshots=folder / "snapshots")
+    callbacks = [SavesAt(str(folder), (4,)), Stops(5)]
+    with pytest.raises((KeyError, WorkerLost)):
+        make_trainer(strategy, max_epochs=EPOCHS, callbacks=callbacks).fit(Classifier(), stream(rank, BATCHES))
+
+
+def resumed_as(rank: int, folder: Path, name: str, options: dict[str, Any]) -> list[str]:
+    """The messages on files that do not fit, in a run that ``stop_two_by_two`` has begun."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = make_trainer(make_strategy(**options), max_epochs=EPOCHS)
         module = Classifier(seed=3)
-        trainer.fit(module, stream(rank, BATCHES), ckpt_path=path)
+        trainer.fit(module, stream(rank, BATCHES), ckpt_path=folder / name)
         assert trainer.strategy.engine is not None
         assert trainer.strategy.engine.collective.workers == 4 // options.get("devices_per_worker", 1)
     assert all(torch.isfinite(tensor).all() for tensor in module.parameters())
     return [str(each.message) for each in caught if "own files" in str(each.message)]
 
 
-def stop_two_by_two(rank: int, folder: str) -> None:
-    strategy = make_strategy(**TWO, snapshots=folder)
-    with pytest.raises((KeyError, WorkerLost)):
-        make_trainer(strategy, max_epochs=EPOCHS, callbacks=[Stops(5)]).fit(Classifier(), stream(rank, BATCHES))
-
-
-def test_a_run_resumes_from_snapshots_with_another_number_of_members(tmp_path: Path) -> None:
-    run_trainers(stop_two_by_two, 4, f"{tmp_path}/snapshots")
-    assert run_trainers(resumed_as, 4, f"{tmp_path}/snapshots", {}) == [[]] * 4
-
-
-def save_two_by_two(rank: int, folder: str) -> None:
-    trainer = make_trainer(make_strategy(**TWO), max_epochs=EPOCHS, callbacks=[SavesAt(folder, (4,))])
-    trainer.fit(Classifier(), stream(rank, BATCHES))
-
-
-@pytest.mark.parametrize("options", [{}, {"devices_per_worker": 4}])
-def test_a_run_resumes_with_another_number_of_workers_and_members(options: dict[str, Any], tmp_path: Path) -> None:
-    run_trainers(save_two_by_two, 4, str(tmp_path))
-    assert run_trainers(resumed_as, 4, f"{tmp_path}/4.ckpt", options) == [[]] * 4
+@pytest.mark.parametrize("name", ["as four workers", "as one worker", "from snapshots, as four workers"])
+def test_a_run_resumes_with_another_number_of_workers_and_members(name: str, found: Found) -> None:
+    assert found[name] == [[]] * 4
 
 
 class Fails(Classifier):
@@ -174,19 +166,6 @@ class Fails(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def fails(rank: int) -> None:
-    make_trainer(make_strategy(**TWO), max_epochs=1).fit(Fails(), stream(rank, 6))
-
-
-def test_a_member_that_fails_ends_all_by_name_of_worker_and_rank() -> None:
-    outcomes = run_trainers_to_the_end(fails, 4)
-
-    assert isinstance(outcomes[3].error, KeyError)
-    for outcome in outcomes[:3]:
-        assert isinstance(outcome.error, WorkerLost)
-        assert "worker 1 (rank 3)" in str(outcome.error)
-
-
 class Drifts(Classifier):
     def on_train_batch_end(self, *_: Any) -> None:
         if self.global_rank == 1:
@@ -194,35 +173,45 @@ class Drifts(Classifier):
                 next(self.net.parameters()).add_(1.0)
 
 
-def drifts(rank: int) -> None:
-    make_trainer(make_strategy(**TWO), max_epochs=1).fit(Drifts(), stream(rank, 6))
+def error_of(rank: int, _: Path, kind: type[Classifier], **options: Any) -> BaseException | None:
+    """The error with which a training ends, or None."""
+    trainer = make_trainer(make_strategy("local_sgd", **TWO, **options), max_epochs=1)
+    try:
+        trainer.fit(kind("chain"), stream(rank, 6))
+    except (KeyError, RuntimeError) as error:
+        return error
+    return None
 
 
-def test_members_that_hold_different_weights_are_named() -> None:
-    for outcome in run_trainers_to_the_end(drifts, 4):
-        assert isinstance(outcome.error, WorkersDisagree)
-        assert "the members of worker 0 (ranks 0, 1) hold different weights (net." in str(outcome.error)
+def test_a_member_that_fails_ends_all_by_name_of_worker_and_rank(found: Found) -> None:
+    *others, last = found["fails"]
+
+    assert isinstance(last, KeyError)
+    for error in others:
+        assert isinstance(error, WorkerLost)
+        assert "worker 1 (rank 3)" in str(error)
+
+
+def test_members_that_hold_different_weights_are_named(found: Found) -> None:
+    for error in found["drifts"]:
+        assert isinstance(error, WorkersDisagree)
+        assert "the members of worker 0 (ranks 0, 1) hold different weights (net." in str(error)
 
 
 class WithUnused(Classifier):
     """A module with a layer that no step uses."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
         self.unused = nn.Linear(2, 2)
 
 
-def fits_with_unused(rank: int, options: dict[str, Any]) -> None:
-    strategy = make_strategy(**TWO, local_steps=1, check="off", **options)
-    make_trainer(strategy, max_epochs=1).fit(WithUnused(), stream(rank, 3))
-
-
-def test_parameters_without_a_gradient_are_named_also_in_the_last_step_of_a_round() -> None:
-    for outcome in run_trainers_to_the_end(fits_with_unused, 4, {}):
-        assert isinstance(outcome.error, RuntimeError)
-        assert "unused.weight" in str(outcome.error)
-        assert "set find_unused_parameters=True" in str(outcome.error)
-    assert [outcome.error for outcome in run_trainers_to_the_end(fits_with_unused, 4, FIND)] == [None] * 4
+def test_parameters_without_a_gradient_are_named_also_in_the_last_step_of_a_round(found: Found) -> None:
+    for error in found["unused"]:
+        assert isinstance(error, RuntimeError)
+        assert "unused.weight" in str(error)
+        assert "set find_unused_parameters=True" in str(error)
+    assert found["unused and found"] == [None] * 4
 
 
 class Thaws(Classifier):
@@ -233,14 +222,14 @@ class Thaws(Classifier):
         first.requires_grad_(batch_idx >= 4)
 
 
-def thaws(rank: int) -> Tensor:
-    module = Thaws()
+def thaws(rank: int, _: Path) -> Tensor:
+    module = Thaws("chain")
     make_trainer(make_strategy("local_sgd", **TWO, check="off"), max_epochs=1).fit(module, stream(rank, 6))
     return next(module.net.parameters()).detach()
 
 
-def test_a_parameter_that_is_unfrozen_within_a_round_is_averaged_by_the_members() -> None:
-    modules = [Classifier(), Classifier()]
+def test_a_parameter_that_is_unfrozen_within_a_round_is_averaged_by_the_members(found: Found) -> None:
+    modules = [Classifier("chain"), Classifier("chain")]
     optimizers = [module.configure_optimizers() for module in modules]
     for step in range(6):
         for worker, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
@@ -253,7 +242,7 @@ def test_a_parameter_that_is_unfrozen_within_a_round_is_averaged_by_the_members(
             for optimizer in optimizers:
                 optimizer.state.clear()
 
-    for first in run_trainers(thaws, 4):
+    for first in found["thaws"]:
         torch.testing.assert_close(first, next(modules[0].net.parameters()).detach())
 
 
@@ -273,15 +262,13 @@ def test_what_cannot_be_is_refused() -> None:
         L.Trainer(accelerator="cpu", devices=2, strategy=make_strategy(), sync_batchnorm=True, logger=False)
 
 
-def trained_ist(rank: int) -> dict[str, Tensor]:
+def trained_ist(rank: int, _: Path) -> dict[str, Tensor]:
     module = Classifier("chain")
     make_trainer(make_strategy("ist", **TWO), max_epochs=1).fit(module, stream(rank, 7))
     return clone_state(module)
 
 
-def test_neurons_of_workers_with_members() -> None:
-    results = run_trainers(trained_ist, 4)
-
+def test_neurons_of_workers_with_members(found: Found) -> None:
     config = NeuronConfig(local_steps=3, recalibration_batches=16)  # eight from each member
     simulator = NeuronSimulator(Classifier("chain"), lambda copy: copy.configure_optimizers(), config, 2)
     for step in range(7):
@@ -292,6 +279,38 @@ def test_neurons_of_workers_with_members() -> None:
             shard_by_shard(module, 2, number, step)
             worker.optimizers[0].step()
         simulator.after_step()
+    results = found["neurons"]
     for state in results:
         assert_equal_states(state, results[0], exactly=True)
         assert_equal_states(state, clone_state(simulator.full_model()))
+
+
+# Trainings in the same four processes.
+
+EACH_STEP: dict[str, Any] = {"local_steps": 1, "check": "off"}
+
+IN_TURN: dict[str, Callable[[int, Path], Any]] = {
+    "accumulated": partial(trained, manual=False),
+    "by hand": partial(trained, manual=True),
+    "neurons": trained_ist,
+    "thaws": thaws,
+    "stopped": stop_two_by_two,
+    "as four workers": partial(resumed_as, name="4.ckpt", options={}),
+    "as one worker": partial(resumed_as, name="4.ckpt", options={"devices_per_worker": 4}),
+    "from snapshots, as four workers": partial(resumed_as, name="snapshots", options={}),
+    "unused": partial(error_of, kind=WithUnused, **EACH_STEP),
+    "unused and found": partial(error_of, kind=WithUnused, find_unused_parameters=True, **EACH_STEP),
+    "drifts": partial(error_of, kind=Drifts),
+    "fails": partial(error_of, kind=Fails),
+}
+
+
+def in_turn(rank: int, folder: Path) -> dict[str, Any]:
+    return {name: train(rank, folder) for name, train in IN_TURN.items()}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """The results of all processes, by training."""
+    results = run_trainers(in_turn, 4, tmp_path_factory.mktemp("members"), timeout=100)
+    return {name: [of_rank[name] for of_rank in results] for name in IN_TURN}

@@ -1,4 +1,4 @@
-"""Failures of members: overflow, NaN and signals of one, and workers that would spread over hosts."""
+"""Failures of members: overflow, NaN and signals of one. Workers that would spread over hosts: test_two_hosts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from experiments.harness.links.namespaces import namespaces
 from resist_lightning import NotFinite
-from tests.helpers.namespaces import enter_host, needs_namespaces
 from tests.helpers.plain import Classifier, stream
 from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
 
@@ -35,7 +33,8 @@ def overflows(rank: int) -> list[tuple[float, float]]:
 
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    make_trainer(make_strategy("local_sgd", **TWO), max_epochs=1, plugins=plugin).fit(Overflows(), stream(rank, 6))
+    trainer = make_trainer(make_strategy("local_sgd", **TWO), max_epochs=1, plugins=plugin)
+    trainer.fit(Overflows("chain"), stream(rank, 6))
     return seen
 
 
@@ -52,7 +51,8 @@ def not_finite(rank: int, policy: str) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            make_trainer(make_strategy(**TWO, non_finite=policy), max_epochs=1).fit(HasNaN(), stream(rank, 6))
+            trainer = make_trainer(make_strategy("local_sgd", **TWO, non_finite=policy), max_epochs=1)
+            trainer.fit(HasNaN("chain"), stream(rank, 6))
         except NotFinite as error:
             return str(error)
     return "".join(str(each.message) for each in caught if "NaN" in str(each.message))
@@ -66,9 +66,9 @@ def terminated(rank: int) -> int:
             if (rank, batch_idx) == (3, 4):
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer = make_trainer(make_strategy(**TWO), max_epochs=1)
+    trainer = make_trainer(make_strategy("local_sgd", **TWO), max_epochs=1)
     with pytest.raises(SIGTERMException):
-        trainer.fit(Terminated(), stream(rank, 12))
+        trainer.fit(Terminated("chain"), stream(rank, 9))
     return int(trainer.global_step)
 
 
@@ -107,35 +107,3 @@ def test_not_finite_values_name_the_member_from_whom_they_come(found: list[dict[
 
 def test_a_signal_to_one_member_stops_all_before_the_same_batch(found: list[dict[str, Any]]) -> None:
     assert [each["terminated"] for each in found] == [6] * 4
-
-
-def on_two_hosts(rank: int, network: Any, cases: list[dict[str, Any]]) -> list[str]:
-    """Results or errors of trainings with ranks 0 and 1 on one host, 2 and 3 on another one."""
-    host, local_rank = divmod(rank, 2)
-    enter_host(network, host)
-    os.environ.update(NODE_RANK=str(host), LOCAL_RANK=str(local_rank), GLOO_SOCKET_IFNAME=network.interface)
-    os.environ.update(MASTER_ADDR=network.address, MASTER_PORT=str(network.port))
-    said = []
-    for case in cases:
-        trainer = make_trainer(make_strategy("local_sgd", **case), max_epochs=1, devices=2, num_nodes=2)
-        try:
-            trainer.fit(Classifier(), stream(rank, 6))
-        except ValueError as error:
-            said.append(str(error))
-        else:
-            engine = trainer.strategy.engine
-            said.append(f"{engine.collective.workers} of {engine.collective.members}")
-    return said
-
-
-@needs_namespaces
-def test_a_worker_is_a_host_and_spreads_over_two_only_where_it_may() -> None:
-    cases = [{"devices_per_worker": "node"}, {"devices_per_worker": 4}, {"devices_per_worker": 4, "across_hosts": True}]
-    with namespaces(2) as network:
-        results = run_trainers(on_two_hosts, 4, network, cases)
-
-    for node, refused, across in results:
-        assert (node, across) == ("2 of 2", "1 of 4")
-        assert "devices_per_worker=4 spreads worker 0 over hosts (rank 0 on host-0 (boot " in refused
-        assert "rank 2 on host-1 (boot " in refused
-        assert "set across_hosts=True" in refused

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from tests.helpers.plain import Classifier, held_out, stream
-from tests.helpers.trainers import kind_for, make_strategy, run_trainers
+from tests.helpers.trainers import make_strategy, run_trainers
 
 WORKERS = 2
-EPOCH, EPOCHS, LOCAL_STEPS = 7, 2, 3
+EPOCH, EPOCHS, LOCAL_STEPS = 5, 2, 3
 
 # Functions with "group" in their signature that send nothing.
 SILENT = ("get_", "is_", "new_", "init_", "destroy_", "split_", "supports_", "shrink_", "_", "P2POp", "default_")
@@ -82,28 +82,40 @@ class Listening(Classifier):
         self.note("before the strategy's sync")
 
 
-def fit_with_defaults(worker: int, folder: str, face: str) -> list[tuple[str, int, int]]:
-    module = Listening(listen(), kind_for(face))
-    trainer = L.Trainer(
-        strategy=make_strategy(face),
-        accelerator="cpu",
-        devices=WORKERS,
-        max_epochs=EPOCHS,
-        default_root_dir=folder,
-        log_every_n_steps=1,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, stream(worker, EPOCH), held_out(worker))
-    assert trainer.checkpoint_callback is not None
-    assert trainer.progress_bar_callback is not None
-    assert trainer.loggers
-    return module.notes
+NETWORKS = {"resist": "preact", "local_sgd": "chain", "ist": "chain"}
 
 
-@pytest.mark.parametrize("face", ["resist", "local_sgd", "ist"])
-def test_between_two_syncs_nothing_is_said(face: str, tmp_path: Any) -> None:
-    for notes in run_trainers(fit_with_defaults, WORKERS, str(tmp_path), face):
-        steps = EPOCH * EPOCHS
+def fit_with_defaults(worker: int, folder: str) -> dict[str, list[tuple[str, int, int]]]:
+    """For each method, the notes of its module."""
+    calls, notes = listen(), {}
+    for face, kind in NETWORKS.items():
+        module = Listening(calls, kind)
+        trainer = L.Trainer(
+            strategy=make_strategy(face),
+            accelerator="cpu",
+            devices=WORKERS,
+            max_epochs=EPOCHS,
+            default_root_dir=folder,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, stream(worker, EPOCH), held_out(worker))
+        assert trainer.checkpoint_callback is not None
+        assert trainer.progress_bar_callback is not None
+        assert trainer.loggers
+        notes[face] = module.notes
+    return notes
+
+
+@pytest.fixture(scope="module")
+def noted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[tuple[str, int, int]]]]:
+    return run_trainers(fit_with_defaults, WORKERS, str(tmp_path_factory.mktemp("silence")))
+
+
+@pytest.mark.parametrize("face", NETWORKS)
+def test_between_two_syncs_nothing_is_said(face: str, noted: list[dict[str, list[tuple[str, int, int]]]]) -> None:
+    for of_worker in noted:
+        notes, steps = of_worker[face], EPOCH * EPOCHS
         assert [what for what, *_ in notes] == [
             "before the strategy's sync",
             "after the strategy's sync",

@@ -20,8 +20,8 @@ IPV6 = ["fd77::1", "fd77::2"]
 
 def train(devices: int, nodes: int, **options: Any) -> str:
     """A short training of this process; returns its result or its error."""
-    trainer = make_trainer(make_strategy(**options), max_epochs=1, devices=devices, num_nodes=nodes)
-    module = Classifier()
+    trainer = make_trainer(make_strategy("local_sgd", **options), max_epochs=1, devices=devices, num_nodes=nodes)
+    module = Classifier("chain")
     began = time.monotonic()
     try:
         trainer.fit(module, stream(int(os.environ["RANK"]), 4))
@@ -84,16 +84,22 @@ def test_one_process_on_each_host_by_ipv6_only_and_the_variable_that_is_wrong_is
     assert "at fd88:1::1 (GLOO_SOCKET_IFNAME=nowhere0)" in nowhere
 
 
-def test_two_processes_on_each_host_and_a_worker_of_each_host() -> None:
+def test_two_processes_on_each_host_and_a_worker_that_is_a_host_or_spreads_over_two_where_it_may() -> None:
+    workers = [{}, {"devices_per_worker": 2}, {"devices_per_worker": "node"}, {"devices_per_worker": 4}]
+    settings = [(2, 2, options) for options in [*workers, {"devices_per_worker": 4, "across_hosts": True}]]
     with namespaces(2) as network:
-        settings = [(2, 2, {}), (2, 2, {"devices_per_worker": 2}), (2, 2, {"devices_per_worker": "node"})]
         found = run_on_hosts(network, [2, 2], train_in, network.interface, settings)
 
-    alone, members, nodes = zip(*found, strict=True)
-    assert len(set(alone)) == len(set(members)) == 1
+    alone, members, nodes, refused, across = zip(*found, strict=True)
+    assert len(set(alone)) == len(set(members)) == len(set(across)) == 1
     assert alone[0].startswith("4 of 1: ")
     assert members[0].startswith("2 of 2: ")
     assert nodes == members
+    assert across[0].startswith("1 of 4: ")
+    for said in refused:
+        assert "devices_per_worker=4 spreads worker 0 over hosts (rank 0 on host-0 (boot " in said
+        assert "rank 2 on host-1 (boot " in said
+        assert "set across_hosts=True" in said
 
 
 def test_hosts_with_different_numbers_of_processes() -> None:
