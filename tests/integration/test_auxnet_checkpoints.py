@@ -218,7 +218,7 @@ CASES = {
         {"method": "al-store", "multiplier_every": 2, "cuts": CUTS[2]}, stops=(5, 7)
     ),
     "late gradients, three workers, cut by time": Case(
-        {"method": "delayed"}, workers=3, optimizer="adamw", clip=0.01, stops=(1, 9), network=residual_mlp
+        {"method": "delayed"}, workers=3, optimizer="adamw", clip=0.01, stops=(1,), network=residual_mlp
     ),
     "late gradients that add up": Case({"method": "delayed", "delay": 2, "cuts": CUTS[2]}, accumulate=2, stops=(3, 7)),
     "al-net, beta grows, gradients that add up, loader processes": Case(

@@ -1,4 +1,4 @@
-"""Failures of members: overflow, NaN and signals of one. Workers that would spread over hosts: test_two_hosts."""
+"""Failures of members: overflow, NaN and signals of one; and workers that are hosts, without torchrun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from experiments.harness.links.namespaces import namespaces
 from resist_lightning import NotFinite
+from tests.helpers.namespaces import enter_host, needs_namespaces
 from tests.helpers.plain import Classifier, stream
 from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
 
@@ -107,3 +109,23 @@ def test_not_finite_values_name_the_member_from_whom_they_come(found: list[dict[
 
 def test_a_signal_to_one_member_stops_all_before_the_same_batch(found: list[dict[str, Any]]) -> None:
     assert [each["terminated"] for each in found] == [6] * 4
+
+
+def on_two_hosts(rank: int, network: Any) -> str:
+    """The numbers of workers and members with ranks 0 and 1 on one host, 2 and 3 on another one."""
+    host, local_rank = divmod(rank, 2)
+    enter_host(network, host)
+    os.environ.update(NODE_RANK=str(host), LOCAL_RANK=str(local_rank), GLOO_SOCKET_IFNAME=network.interface)
+    os.environ.update(MASTER_ADDR=network.address, MASTER_PORT=str(network.port))
+    strategy = make_strategy("local_sgd", devices_per_worker="node")
+    trainer = make_trainer(strategy, max_epochs=1, devices=2, num_nodes=2)
+    trainer.fit(Classifier("chain"), stream(rank, 3))
+    engine = trainer.strategy.engine
+    return f"{engine.collective.workers} of {engine.collective.members}"
+
+
+@needs_namespaces
+def test_a_worker_is_a_host() -> None:
+    """Under torchrun, and where a worker would spread over hosts: test_two_hosts."""
+    with namespaces(2) as network:
+        assert run_trainers(on_two_hosts, 4, network) == ["2 of 2"] * 4
