@@ -111,7 +111,7 @@ class Fit:
 CLIPPED: dict[str, Any] = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
 
 FITS = {
-    "three workers, batches with names, a head outside of the network, a rate that falls by a metric, clipped": Fit(
+    "three workers, named batches, a head outside, a rate that falls by a metric, clipped": Fit(
         Plateau,
         workers=3,
         strategy={"cuts": ["section2", "section3.2"], "input": "image"},
