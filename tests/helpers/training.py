@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from resist_lightning import Config, Engine, Simulator
 from resist_lightning.comm.collective import Collective
 from resist_lightning.models import PreActResNet
-from tests.helpers.nets import SomeBatches
 from tests.helpers.threads import run_threads
 
 CLASSES = 4
@@ -35,16 +34,14 @@ class Run:
     frozen: tuple[str, ...] = ()
     observe_at: tuple[int, ...] = field(default=())
     decay: float = 1.0  # factor of the learning rate after each step
-    some_batches: bool = False  # a network of blocks that train a part for some batches only
+    net: Callable[[], nn.Module] | None = None  # another network than the usual one
 
 
 def make_model(run: Run) -> nn.Module:
-    """A pre-activation network of about 10,000 parameters, or a smaller one, the same in every process."""
+    """A pre-activation network of about 10,000 parameters, or the run's own, the same in every process."""
     with _ONE_AT_A_TIME, torch.random.fork_rng():
         torch.manual_seed(7)
-        if run.some_batches:
-            return SomeBatches(CLASSES)
-        model = PreActResNet(run.sections, CLASSES, width_multiplier=1 / 16)
+        model = run.net() if run.net else PreActResNet(run.sections, CLASSES, width_multiplier=1 / 16)
     for name, parameter in model.named_parameters():
         if any(part in name for part in run.frozen):
             parameter.requires_grad_(False)
