@@ -8,6 +8,7 @@ import torch
 from resist_lightning import Config, Engine
 from resist_lightning.schedule.partition import draw_partition, everything
 from tests.helpers import by_hand
+from tests.helpers.nets import Normed
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, assert_equal_states, train_engine, train_simulator
 
@@ -68,7 +69,7 @@ def train_run(worker: int, run: Run) -> dict[str, torch.Tensor]:
 
 def test_engine_and_simulator_agree_on_state_where_all_workers_hold_a_block_before_and_after():
     """momentum="travel": merged blocks average their state; blocks that join the all-reduce keep it."""
-    run = Run(Config(local_steps=2, min_blocks=4, momentum="travel"), steps=5)
+    run = Run(Config(local_steps=2, min_blocks=4, momentum="travel"), steps=5, net=Normed)
     states = run_workers(train_run, 2, run)
     assert_equal_states(states[0], train_simulator(run, 2).full_model().state_dict())
 

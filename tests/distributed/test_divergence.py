@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning import Config, Engine, NotFinite, WorkersDisagree
+from tests.helpers.nets import Normed
 from tests.helpers.processes import run_workers
 from tests.helpers.training import (
     Run,
@@ -30,7 +31,7 @@ OVERLAP = Config(local_steps=2, min_blocks=3, batch_norm="running", test_scale=1
 
 
 def engine_for(config: Config, change: Callable[[nn.Module], None] = lambda _: None) -> tuple[Engine, Any]:
-    run = Run(config, steps=0)
+    run = Run(config, steps=0, net=Normed)
     model = make_model(run)
     change(model)
     optimizer = make_optimizer(run, model)
@@ -66,11 +67,11 @@ def flip_after_the_sync(engine: Engine, name: str) -> None:
 
 FLIPS = {
     "parameter": (RESIST, "head.weight"),
-    "buffer of batch norm": (RESIST, "section4.0.bn1.running_var"),
-    "counter": (RESIST, "section4.0.bn1.num_batches_tracked"),
-    "full": (Config(local_steps=2, min_blocks=1, check="full"), "section4.0.conv2.weight"),
+    "buffer of batch norm": (RESIST, "body.0.norm.running_var"),
+    "counter": (RESIST, "body.0.norm.num_batches_tracked"),
+    "full": (Config(local_steps=2, min_blocks=1, check="full"), "body.0.out.weight"),
     "fewer bits": (Config(local_steps=2, min_blocks=1, wire="int8"), "head.weight"),
-    "block that all hold": (Config(local_steps=2, min_blocks=4), "section3.2.conv1.weight"),
+    "block that all hold": (Config(local_steps=2, min_blocks=4), "body.2.out.weight"),
 }
 
 
@@ -122,7 +123,7 @@ def spoil(engine: Engine, name: str, value: float = torch.nan) -> None:
 
 
 def block_of(engine: Engine) -> str:
-    return f"{engine.layout.blocks[engine.partition.held[ODD][0]].name}.conv2.weight"
+    return f"{engine.layout.blocks[engine.partition.held[ODD][0]].name}.out.weight"
 
 
 def sync(engine: Engine) -> None:
@@ -137,7 +138,7 @@ def evaluate(engine: Engine) -> None:
 CASES: dict[str, tuple[Callable[[Engine], str], float, Callable[[Engine], None]]] = {
     "shared parameter": (lambda _: "head.bias", torch.nan, sync),
     "infinity": (lambda _: "head.bias", -torch.inf, sync),
-    "buffer of batch norm": (lambda _: "section4.0.bn1.running_var", torch.inf, sync),
+    "buffer of batch norm": (lambda _: "body.0.norm.running_var", torch.inf, sync),
     "block": (block_of, torch.nan, sync),
     "before an evaluation": (block_of, torch.nan, evaluate),
     "before the end": (lambda _: "stem.weight", torch.nan, Engine.finish),
@@ -171,8 +172,8 @@ def test_nan_and_infinity_are_caught_on_all_workers_with_worker_place_round_and_
     for case, (_, _, act) in CASES.items():
         for worker in told:
             name, message, same = worker[case]
-            block = name.rpartition(".conv2")[0]
-            place = f"block {block} ({name})" if name.startswith("section3") else f"shared tensor {name}"
+            block = name.rpartition(".out")[0]
+            place = f"block {block} ({name})" if name.endswith("out.weight") else f"shared tensor {name}"
             assert f"step {2 if act is sync else 1} of round 1: worker {ODD} in {place}." in message, case
             assert "Nothing was averaged" in message
             assert same, case
@@ -198,16 +199,26 @@ def test_a_mask_of_minus_infinity_that_all_workers_share_trips_nothing():
 DROPS = {
     "local SGD": Config(local_steps=2, blocks=[], batch_norm="running"),
     "blocks held once": RESIST,
-    "overlap": OVERLAP,
-    "all hold all, keep": Config(local_steps=2, min_blocks=4, batch_norm="running", test_scale=1.0, momentum="keep"),
-    "travel": Config(local_steps=2, min_blocks=3, batch_norm="running", test_scale=1.0, momentum="travel"),
-    "fewer bits": Config(local_steps=2, min_blocks=4, batch_norm="running", test_scale=1.0, wire="bf16"),
+    "overlap, travel": replace(OVERLAP, momentum="travel"),
+    "all hold all, keep, fewer bits": replace(OVERLAP, min_blocks=4, momentum="keep", wire="bf16"),
 }
+AT_AN_EVALUATION, AT_A_SYNC = "at an evaluation", "at a sync"
 State = dict[str, Tensor]
 
 
-def play_drop(worker: int, seen: bool) -> dict[str, tuple[State, State, State, list[str], bool]]:
-    """For each case: the worker's tensors when the round began and ended, the full model after, and warnings."""
+@dataclass
+class Dropped:
+    """A worker's tensors when the round began and ended; full models and warnings, at an evaluation and at the sync."""
+
+    received: State
+    had: State
+    full: dict[str, State]
+    said: dict[str, list[str]]
+    unchanged_by_evaluation: bool
+    finite_later: bool
+
+
+def play_drop(worker: int) -> dict[str, Dropped]:
     played = {}
     for case, config in DROPS.items():
         engine, optimizer = engine_for(replace(config, non_finite="drop"))
@@ -222,53 +233,64 @@ def play_drop(worker: int, seen: bool) -> dict[str, tuple[State, State, State, l
             for state in optimizer.state.values():
                 state["momentum_buffer"].fill_(torch.nan)
         had = present(engine)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            if not seen:
-                engine.after_step()
-            with engine.full_model():
-                full = clone_state(engine.module)
+        full, said = {}, {}
+        full[AT_AN_EVALUATION], said[AT_AN_EVALUATION] = full_model_and_warnings(engine, lambda: None)
         back = present(engine)
-        if seen:  # an evaluation must change nothing
-            unchanged = all(torch.equal(back[k].nan_to_num(7), had[k].nan_to_num(7)) for k in had)
-        else:  # and the training must go on
-            train(engine, optimizer, worker, 3)
-            unchanged = all(bool(t.isfinite().all()) for t in present(engine).values())
-        said = [str(w.message) for w in caught if "Left out" in str(w.message)]
-        played[case] = (received, had, full, said, unchanged)
+        unchanged = all(torch.equal(back[k].nan_to_num(7), had[k].nan_to_num(7)) for k in had)
+        full[AT_A_SYNC], said[AT_A_SYNC] = full_model_and_warnings(engine, engine.after_step)
+        train(engine, optimizer, worker, 3)
+        finite = all(bool(t.isfinite().all()) for t in present(engine).values())
+        played[case] = Dropped(received, had, full, said, unchanged, finite)
         engine.abandon()
     return played
 
 
-@pytest.mark.parametrize("seen", [False, True], ids=["at a sync", "at an evaluation"])
-def test_a_worker_that_is_left_out_gets_the_mean_of_the_others_and_its_own_blocks_as_it_received_them(seen):
-    workers = run_workers(play_drop, WORKERS, seen)
+def full_model_and_warnings(engine: Engine, before: Callable[[], None]) -> tuple[State, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before()
+        with engine.full_model():
+            full = clone_state(engine.module)
+    return full, [str(w.message) for w in caught if "Left out" in str(w.message)]
+
+
+@pytest.fixture(scope="module")
+def dropped() -> list[dict[str, Dropped]]:
+    return run_workers(play_drop, WORKERS)
+
+
+@pytest.mark.parametrize("when", [AT_A_SYNC, AT_AN_EVALUATION])
+def test_a_worker_that_is_left_out_gets_the_mean_of_the_others_and_its_own_blocks_as_it_received_them(dropped, when):
     alone = 0
     for case in DROPS:
-        played = [worker[case] for worker in workers]
-        names = played[0][2].keys()
-        assert names
-        for name in names:
-            values = [had[name] for number, (_, had, *_) in enumerate(played) if name in had and number != ODD]
+        played = [worker[case] for worker in dropped]
+        assert played[0].full[when]
+        for name, full in played[0].full[when].items():
+            values = [each.had[name] for number, each in enumerate(played) if name in each.had and number != ODD]
             if not values:
                 alone += 1
-                expected = played[ODD][0][name]
+                expected = played[ODD].received[name]
             elif values[0].is_floating_point():
                 expected = sum(values[1:], values[0]) / len(values)
             else:
                 expected = torch.stack(values).max(0).values
             tolerance = 1e-6
-            if case == "fewer bits" and not seen:  # values of blocks are rounded, and changes of shared tensors
-                moved = (expected - played[0][0].get(name, expected)).abs().max().item()
-                tolerance = 0.02 if name.startswith("section3") else 0.02 * moved + 1e-6
-            for *_, full, _, _ in played:
-                close = torch.allclose(full[name].double(), expected.double(), rtol=1e-6, atol=tolerance)
-                assert close, (case, name)
-                assert torch.equal(full[name], played[0][2][name])
-        assert [bool(said) for *_, said, _ in played] == [True, False, False], case
-        assert f"worker {ODD} in " in played[0][3][0]
-        assert all(good for *_, good in played), case
+            if "fewer bits" in case and when == AT_A_SYNC:  # it rounds values of blocks and changes of shared tensors
+                moved = (expected - played[0].received.get(name, expected)).abs().max().item()
+                tolerance = 0.02 if name.startswith("body") else 0.02 * moved + 1e-6
+            assert torch.allclose(full.double(), expected.double(), rtol=1e-6, atol=tolerance), (case, name)
+            for each in played:
+                assert torch.equal(each.full[when][name], full)
+        assert [bool(each.said[when]) for each in played] == [True, False, False], case
+        assert f"worker {ODD} in " in played[0].said[when][0]
     assert alone > 0
+
+
+def test_an_evaluation_leaves_the_worker_that_is_left_out_as_it_is_and_after_the_sync_the_training_goes_on(dropped):
+    for worker in dropped:
+        for case, played in worker.items():
+            assert played.unchanged_by_evaluation, case
+            assert played.finite_later, case
 
 
 def play_all_bad(worker: int) -> str:

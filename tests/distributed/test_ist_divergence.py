@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resist_lightning import Engine, NeuronConfig, NotFinite, WorkersDisagree
 from resist_lightning.methods.sync import Sync
-from tests.helpers.ist import Run, batch_of, slice_of, start_engine
+from tests.helpers.ist import Run, batch_of, full_state, slice_of, start_engine
 from tests.helpers.processes import run_workers
 from tests.helpers.training import clone_state, held_tensors, train_step
 
@@ -121,69 +121,112 @@ def test_nan_and_infinity_are_caught_on_all_workers_with_worker_place_round_and_
 DROPS = {
     "reset": Run(replace(CONFIG, non_finite="drop"), 0),
     "keep": Run(replace(CONFIG, non_finite="drop", momentum="keep"), 0),
-    "travel, AdamW": Run(replace(CONFIG, non_finite="drop", momentum="travel"), 0, optimizer="adamw"),
-    "convolutions, travel": Run(replace(CONFIG, non_finite="drop", momentum="travel"), 0, "conv"),
+    "convolutions, travel, AdamW": Run(replace(CONFIG, non_finite="drop", momentum="travel"), 0, "conv", "adamw"),
 }
+AT_AN_EVALUATION, AT_A_SYNC = "at an evaluation", "at a sync"
+State = dict[str, Tensor]
 
 
-def play_drop(worker: int, seen: bool) -> dict[str, Any]:
-    """For each case: the full model when the round began, the worker's tensors when it ended, the full model after."""
+@dataclass
+class Dropped:
+    """Tensors of a worker, and full models.
+
+    Attributes:
+        began: the full model when the round began.
+        received: the worker's tensors when the round began.
+        had: the worker's tensors when the round ended.
+        full: the full model afterwards, at an evaluation and at the sync.
+        said: the warnings of both.
+        parts: the worker's slices of ``began`` and of both full models.
+        unchanged_by_evaluation: whether the worker was the same after the evaluation.
+        finite_later: whether weights and state were finite two rounds later.
+    """
+
+    began: State
+    received: State
+    had: State
+    full: dict[str, State]
+    said: dict[str, list[str]]
+    parts: dict[str, State]
+    unchanged_by_evaluation: bool
+    finite_later: bool
+
+
+def play_drop(worker: int) -> dict[str, Dropped]:
     played = {}
     for case, run in DROPS.items():
         engine, optimizer = start_engine(run)
         train(engine, optimizer, run, worker, 2)
-        with engine.full_model():
-            began = clone_state(engine.module)
+        began = full_state(engine)
         received = clone_state(engine.module)
         train(engine, optimizer, run, worker, 1)
         train_step(engine.module, optimizer, batch_of(run, worker, 1))
         if worker == ODD:
-            states = [slot for slots in optimizer.state.values() for slot in slots.values()]
-            for tensor in [*held_tensors(engine.module).values(), *states]:
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            for tensor in [*held_tensors(engine.module).values(), *slots(optimizer)]:
+                if tensor.is_floating_point():
                     tensor.fill_(torch.nan)
         had, held = clone_state(engine.module), engine.partition
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            if not seen:
-                engine.after_step()
-            with engine.full_model():
-                full = clone_state(engine.module)
-        if seen:
-            back = clone_state(engine.module)
-            fine = all(torch.equal(back[key].nan_to_num(7), had[key].nan_to_num(7)) for key in had)
-        else:
-            train(engine, optimizer, run, worker, 4)
-            tensors = [slot for slots in optimizer.state.values() for slot in slots.values()]
-            tensors += clone_state(engine.module).values()
-            fine = all(bool(tensor.isfinite().all()) for tensor in tensors)
-        said = [str(w.message) for w in caught if "Left out" in str(w.message)]
-        names = [name for name in engine.layout.shapes if name in full]
-        slices = {
-            which: {name: slice_of(engine.layout, state[name], name, held, worker) for name in names}
-            for which, state in (("began", began), ("full", full))
+        full, said = {}, {}
+        full[AT_AN_EVALUATION], said[AT_AN_EVALUATION] = full_model_and_warnings(engine, lambda: None)
+        back = clone_state(engine.module)
+        unchanged = all(torch.equal(back[key].nan_to_num(7), had[key].nan_to_num(7)) for key in had)
+        full[AT_A_SYNC], said[AT_A_SYNC] = full_model_and_warnings(engine, engine.after_step)
+        train(engine, optimizer, run, worker, 4)
+        finite = all(bool(t.isfinite().all()) for t in [*clone_state(engine.module).values(), *slots(optimizer)])
+        parts = {
+            which: {name: slice_of(engine.layout, state[name], name, held, worker) for name in engine.layout.shapes}
+            for which, state in {"began": began, **full}.items()
         }
-        played[case] = (began, received, had, full, said, fine, slices)
+        played[case] = Dropped(began, received, had, full, said, parts, unchanged, finite)
         engine.abandon()
     return played
 
 
-@pytest.mark.parametrize("seen", [False, True], ids=["at a sync", "at an evaluation"])
-def test_of_a_worker_that_is_left_out_the_slices_are_what_they_were_when_the_round_began(seen: bool) -> None:
-    workers = run_workers(play_drop, WORKERS, seen)
+def slots(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors of the optimizer's state."""
+    found = [slot for slots in optimizer.state.values() for slot in slots.values()]
+    return [slot for slot in found if isinstance(slot, Tensor)]
+
+
+def full_model_and_warnings(engine: Engine, before: Callable[[], None]) -> tuple[State, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before()
+        full = full_state(engine)
+    return full, [str(w.message) for w in caught if "Left out" in str(w.message)]
+
+
+@pytest.fixture(scope="module")
+def dropped() -> list[dict[str, Dropped]]:
+    return run_workers(play_drop, WORKERS)
+
+
+@pytest.mark.parametrize("when", [AT_A_SYNC, AT_AN_EVALUATION])
+def test_of_a_worker_that_is_left_out_the_slices_are_what_they_were_when_the_round_began(
+    dropped: list[dict[str, Dropped]], when: str
+) -> None:
     for case in DROPS:
-        played = [worker[case] for worker in workers]
-        for number, (began, received, had, full, said, fine, slices) in enumerate(played):
-            assert slices["began"]
-            for name, part in slices["full"].items():
-                assert torch.equal(part, received[name] if number == ODD else had[name]), (case, name)
-                assert torch.equal(slices["began"][name], received[name]), (case, name)
-            for name in full.keys() - slices["full"].keys():
-                values = [had[name] for other, (_, _, had, *_) in enumerate(played) if other != ODD]
+        played = [worker[case] for worker in dropped]
+        for number, each in enumerate(played):
+            full = each.full[when]
+            assert each.parts["began"]
+            for name, part in each.parts[when].items():
+                assert torch.equal(part, (each.received if number == ODD else each.had)[name]), (case, name)
+                assert torch.equal(each.parts["began"][name], each.received[name]), (case, name)
+            for name in full.keys() - each.parts[when].keys():
+                values = [other.had[name] for index, other in enumerate(played) if index != ODD]
                 if values[0].is_floating_point():
                     torch.testing.assert_close(full[name], sum(values) / len(values))
                 else:
                     assert torch.equal(full[name], torch.stack(values).max(0).values)
-            assert any(not torch.equal(began[name], full[name]) for name in full)
-            assert fine, case
-            assert len(said) == (1 if number == 0 else 0) or seen
+            assert any(not torch.equal(each.began[name], full[name]) for name in full)
+            assert len(each.said[when]) == (1 if number == 0 else 0)
+
+
+def test_an_evaluation_leaves_the_worker_that_is_left_out_as_it_is_and_after_the_sync_the_training_goes_on(
+    dropped: list[dict[str, Dropped]],
+) -> None:
+    for worker in dropped:
+        for case, played in worker.items():
+            assert played.unchanged_by_evaluation, case
+            assert played.finite_later, case

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from resist_lightning import Config, Engine, Simulator
 from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.schedule.transfers import plan_sync
+from tests.helpers.nets import Normed
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, assert_equal_states, batch_of, clone_state, make_model
 
@@ -17,16 +18,16 @@ STEPS = 7
 
 
 def two_optimizers(model: nn.Module) -> list[Optimizer]:
-    """AdamW on weights of four dimensions, SGD on the rest; so every block has parameters of both."""
-    images = [parameter for parameter in model.parameters() if parameter.dim() == 4]
-    others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
-    return [torch.optim.AdamW(images, lr=1e-2), torch.optim.SGD(others, lr=0.05, momentum=0.9)]
+    """AdamW on weights of two dimensions, SGD on the rest; so every block has parameters of both."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    return [torch.optim.AdamW(matrices, lr=1e-2), torch.optim.SGD(others, lr=0.05, momentum=0.9)]
 
 
 def two_groups(model: nn.Module) -> list[Optimizer]:
     """An optimizer with two groups, one without momentum, one with."""
-    weights = [p for name, p in model.named_parameters() if name.endswith("conv1.weight")]
-    others = [p for name, p in model.named_parameters() if not name.endswith("conv1.weight")]
+    weights = [p for name, p in model.named_parameters() if name.endswith("out.weight")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("out.weight")]
     groups = [{"params": weights, "momentum": 0.0}, {"params": others, "momentum": 0.9}]
     return [torch.optim.SGD(groups, lr=0.05)]
 
@@ -68,7 +69,7 @@ CASES = {
 
 def double_model() -> nn.Module:
     """A model in double precision: after a restart Adam steps by a gradient's sign, which rounding may flip."""
-    return make_model(Run(Config(), STEPS)).double()
+    return make_model(Run(Config(), STEPS, net=Normed)).double()
 
 
 def step_all(model: nn.Module, optimizers: list[Optimizer], batch: tuple[Tensor, Tensor]) -> None:

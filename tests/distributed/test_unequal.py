@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from resist_lightning import Config, Engine
+from tests.helpers.nets import Normed
 from tests.helpers.processes import run_workers
 from tests.helpers.training import (
     Run,
@@ -25,7 +26,7 @@ from tests.helpers.training import (
 )
 
 OUTER = {"outer": "nesterov", "outer_rate": 0.9, "outer_momentum": 0.5}  # a velocity must find its block's next owner
-RUN = Run(Config(local_steps=1, min_blocks=1, blocks_per_worker="auto", **OUTER), steps=9)
+RUN = Run(Config(local_steps=1, min_blocks=1, blocks_per_worker="auto", **OUTER), steps=9, net=Normed)
 SECONDS_PER_BLOCK = (0.004, 0.04)
 """Worker 1 is so slow that a busy machine does not matter."""
 
@@ -70,7 +71,7 @@ def test_a_slow_worker_gets_fewer_blocks_and_all_derive_the_same_rounds() -> Non
     assert fast["resumed"] == slow["resumed"] == [True, True]
 
 
-OVERLAP = Run(Config(local_steps=4, overlap="auto", min_blocks=1, momentum="keep"), steps=18)
+OVERLAP = Run(Config(local_steps=4, overlap="auto", min_blocks=1, momentum="keep"), steps=18, net=Normed)
 
 
 def train_over_a_slow_link(worker: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
