@@ -1,11 +1,12 @@
 """IST by real gloo processes: weights of the simulator, bytes of the closed form, and memory of the slices alone.
 
-Each number of workers trains all runs in one set of processes.
+Each number of workers trains its runs in one set of processes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
@@ -28,22 +29,21 @@ from tests.helpers.wire import Call, Quantizer, collectives_so_far, groups, sent
 
 # AdamW trains no bias before batch norm: its gradient is rounding noise, which Adam blows up to steps of full length.
 RUNS = {
-    "reset": Run(one_holder(local_steps=3), 8),
-    "keep, AdamW": Run(one_holder(local_steps=2, momentum="keep", seed=5), 7, optimizer="adamw"),
-    "travel, AdamW": Run(one_holder(local_steps=2, momentum="travel"), 9, optimizer="adamw"),
-    "convolutions, travel": Run(one_holder(local_steps=2, momentum="travel"), 7, "conv"),
-    "convolutions, AdamW": Run(one_holder(local_steps=1), 4, "conv", "adamw"),
-    "the paper's net, statistics of batches": Run(one_holder(local_steps=2, batch_norm="batch"), 7, "paper"),
+    "reset": Run(one_holder(local_steps=3), 7),
+    "travel, AdamW": Run(one_holder(local_steps=2, momentum="travel", seed=5), 5, optimizer="adamw"),
+    "convolutions, travel": Run(one_holder(local_steps=2, momentum="travel"), 5, "conv"),
+    "the paper's net, statistics of batches": Run(one_holder(local_steps=2, batch_norm="batch"), 5, "paper"),
     "biases, running statistics, keep": Run(
-        one_holder(local_steps=2, batch_norm="running", momentum="keep"), 7, "biased"
+        one_holder(local_steps=2, batch_norm="running", momentum="keep"), 5, "biased"
     ),
-    "no norm, a sync after every step": Run(NeuronConfig(local_steps=1, momentum="travel"), 6, "plain"),
-    "frozen, travel": Run(one_holder(local_steps=2, momentum="travel"), 7, frozen=("0.weight", "3.weight", "8.bias")),
+    "no norm, a sync after every step": Run(NeuronConfig(local_steps=1, momentum="travel"), 4, "plain"),
+    "frozen, travel": Run(one_holder(local_steps=2, momentum="travel"), 5, frozen=("0.weight", "3.weight", "8.bias")),
     "a choice of layers": Run(one_holder(local_steps=2, layers=["3", "6"]), 5),
-    "several holders, travel": Run(NeuronConfig(local_steps=2, momentum="travel", min_share=0.6), 7),
+    "several holders, travel": Run(NeuronConfig(local_steps=2, momentum="travel", min_share=0.6), 5),
     "more and more holders, at last all": Run(NeuronConfig(local_steps=1, growth=(0.1, 0.6), finish_rounds=1), 5),
     "one layer": Run(one_holder(local_steps=2, layers="0", momentum="travel"), 5),
 }
+OF_WORKERS = {2: ("reset", "convolutions, travel", "several holders, travel"), 3: tuple(RUNS)}
 
 
 @dataclass
@@ -68,8 +68,11 @@ class History:
     objects_stayed: bool = True
 
 
-def train_all(worker: int) -> dict[str, History]:
-    return {name: train(worker, run) for name, run in RUNS.items()}
+Trained = list[dict[str, History]]
+
+
+def train_all(worker: int, names: Sequence[str]) -> dict[str, History]:
+    return {name: train(worker, RUNS[name]) for name in names}
 
 
 def train(worker: int, run: Run) -> History:
@@ -104,10 +107,26 @@ def inner_bytes(engine: Any, optimizer: Any) -> int:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def trained(request: pytest.FixtureRequest) -> list[dict[str, History]]:
-    """For each worker, its record of each run."""
-    return run_workers(train_all, request.param)
+@pytest.fixture(scope="module")
+def all_trained() -> dict[int, list[dict[str, History]]]:
+    """For each number of workers and each worker, its record of each run."""
+    return {workers: run_workers(train_all, workers, names) for workers, names in OF_WORKERS.items()}
+
+
+@pytest.fixture(params=OF_WORKERS)
+def trained(all_trained: dict[int, list[dict[str, History]]], request: pytest.FixtureRequest) -> Trained:
+    return all_trained[request.param]
+
+
+EACH = pytest.mark.parametrize(
+    ("trained", "name"),
+    [(workers, name) for workers, names in OF_WORKERS.items() for name in names],
+    indirect=["trained"],
+)
+
+
+def runs_of(trained: Trained) -> list[tuple[str, Run]]:
+    return [(name, RUNS[name]) for name in trained[0]]
 
 
 def layout_of(run: Run, workers: int) -> NeuronLayout:
@@ -123,8 +142,8 @@ def has_several_holders(run: Run) -> bool:
 # ------------------------------------------------------------------ weights
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_processes_train_what_the_simulator_trains(trained: list[dict[str, History]], name: str) -> None:
+@EACH
+def test_processes_train_what_the_simulator_trains(trained: Trained, name: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes
     expected = train_simulator(RUNS[name], len(trained)).full_model().state_dict()
@@ -134,10 +153,8 @@ def test_processes_train_what_the_simulator_trains(trained: list[dict[str, Histo
         assert_equal_states(worker[name].final, trained[0][name].final, exactly=True)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_entries_that_were_in_no_slice_are_what_they_were_bit_for_bit(
-    trained: list[dict[str, History]], name: str
-) -> None:
+@EACH
+def test_entries_that_were_in_no_slice_are_what_they_were_bit_for_bit(trained: Trained, name: str) -> None:
     """Check 4 of section 8, over all rounds; of trained tensors nearly all other entries have changed."""
     run, workers = RUNS[name], len(trained)
     layout, net = layout_of(run, workers), make_net(run)
@@ -165,7 +182,7 @@ def test_entries_that_were_in_no_slice_are_what_they_were_bit_for_bit(
     assert has_several_holders(run) or (untouched > 0) == bool(layout.inner())
 
 
-def test_parameters_are_the_same_objects_all_the_time(trained: list[dict[str, History]]) -> None:
+def test_parameters_are_the_same_objects_all_the_time(trained: Trained) -> None:
     assert all(history.objects_stayed for worker in trained for history in worker.values())
 
 
@@ -178,9 +195,9 @@ def syncs(run: Run, history: History) -> list[Step]:
     return found
 
 
-def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(trained: list[dict[str, History]]) -> None:
+def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(trained: Trained) -> None:
     workers, kinds = len(trained), Counter[str]()
-    for name, run in RUNS.items():
+    for name, run in runs_of(trained):
         layout = layout_of(run, workers)
         states = OptimizerStates([make_optimizer(run, layout.module)])
         changing = [tensor for key, tensor in layout.shared.items() if key in layout.changing()]
@@ -198,7 +215,7 @@ def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(train
     assert all(kinds[kind] > 0 for kind in ("shared", "merge", "hand_over", "state"))
 
 
-def test_bytes_counted_are_those_that_crossed_the_wire(trained: list[dict[str, History]]) -> None:
+def test_bytes_counted_are_those_that_crossed_the_wire(trained: Trained) -> None:
     for worker, histories in enumerate(trained):
         for history in histories.values():
             for step in history.steps:
@@ -209,7 +226,7 @@ def test_bytes_counted_are_those_that_crossed_the_wire(trained: list[dict[str, H
                 assert sum(step.counted.values()) == sum(wire.values())
 
 
-def test_between_two_syncs_nobody_says_a_word_and_no_group_is_ever_made(trained: list[dict[str, History]]) -> None:
+def test_between_two_syncs_nobody_says_a_word_and_no_group_is_ever_made(trained: Trained) -> None:
     silent = 0
     for histories in trained:
         for name, history in histories.items():
@@ -224,7 +241,7 @@ def test_between_two_syncs_nobody_says_a_word_and_no_group_is_ever_made(trained:
     assert silent > 0
 
 
-def test_a_worker_sends_every_other_at_most_one_message_of_each_data_type(trained: list[dict[str, History]]) -> None:
+def test_a_worker_sends_every_other_at_most_one_message_of_each_data_type(trained: Trained) -> None:
     """However many tensors there are, with receives posted before sends; with several holders another one for means."""
     sent, received, times = Counter[Any](), Counter[Any](), Counter[Any]()
     for worker, histories in enumerate(trained):
@@ -256,10 +273,10 @@ SLOTS = {"sgd": 1, "adamw": 2}
 
 
 def test_after_every_step_a_worker_keeps_its_slices_with_gradients_and_state_and_no_byte_more(
-    trained: list[dict[str, History]],
+    trained: Trained,
 ) -> None:
     workers = len(trained)
-    for name, run in RUNS.items():
+    for name, run in runs_of(trained):
         layout, net = layout_of(run, workers), make_net(run)
         shared = [tensor for key, tensor in layout.shared.items() if key in layout.changing()]
         together = any(isinstance(tensor, nn.Parameter) for tensor in shared)  # in one storage with buffers
@@ -277,10 +294,10 @@ def test_after_every_step_a_worker_keeps_its_slices_with_gradients_and_state_and
 
 
 def test_of_matrices_between_hidden_layers_a_worker_keeps_the_square_of_its_share(
-    trained: list[dict[str, History]],
+    trained: Trained,
 ) -> None:
     workers = len(trained)
-    for name, run in RUNS.items():
+    for name, run in runs_of(trained):
         if has_several_holders(run):
             continue
         layout = layout_of(run, workers)
