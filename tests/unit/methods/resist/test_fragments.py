@@ -13,6 +13,7 @@ from torch import Tensor
 from resist_lightning import Config, Engine, PostLocal
 from resist_lightning.comm.collective import Collective
 from resist_lightning.methods.resist.layout import BlockLayout
+from tests.helpers.nets import Normed
 from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
@@ -30,8 +31,6 @@ State = dict[str, Tensor]
 
 OUTER: dict[str, Any] = {"outer": "nesterov", "outer_rate": 0.5, "outer_momentum": 0.8}
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
-    "waits": (2, {"min_blocks": 2}),
-    "beside the training": (2, {"min_blocks": 2, "overlap": 1}),
     "blocks on several workers, travel": (3, {"min_blocks": 3, "fragments": 3, "momentum": "travel"}),
     "blocks everywhere, keep, int4": (3, {"blocks_per_worker": (4, 2, 2), "momentum": "keep", "wire": "int4"}),
     "warm-up and finish, int2": (2, {"min_blocks": 2, "warmup_rounds": 1, "finish_rounds": 2, "wire": "int2"}),
@@ -42,8 +41,8 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def run_of(options: dict[str, Any], steps: int = 15) -> Run:
-    return Run(Config(**{"local_steps": 2, "fragments": 2, **options}), steps=steps)
+def run_of(options: dict[str, Any], steps: int = 11) -> Run:
+    return Run(Config(**{"local_steps": 2, "fragments": 2, **options}), steps=steps, net=Normed)
 
 
 @pytest.mark.parametrize(("workers", "options"), RUNS.values(), ids=RUNS)
@@ -108,7 +107,7 @@ def frozen_in_between(collective: Collective, run: Run) -> State:
         train_steps(engine, optimizer, range(step, step + 1))
         if step in (0, 4):
             for name, parameter in engine.module.named_parameters():
-                parameter.requires_grad_(requires_grad=step == 4 or not name.startswith(("stem", "section2")))
+                parameter.requires_grad_(requires_grad=step == 4 or not name.startswith(("stem", "body.0")))
         if step == 3:
             with engine.full_model():
                 frozen = clone_state(engine.module)

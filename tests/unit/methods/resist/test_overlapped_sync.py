@@ -17,6 +17,7 @@ from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import WorkersDisagree
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.overlap import waiting_rounds
+from tests.helpers.nets import Normed
 from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
@@ -42,17 +43,18 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "rounds that change, keep": (2, {"min_blocks": 1, "local_steps": PostLocal(3, 4, 5), "momentum": "keep"}),
     "listed counts, warm-up and finish": (3, {"blocks_per_worker": (4, 2, 1), "warmup_rounds": 1, "finish_rounds": 1}),
     "growth, int2": (2, {"growth": [0.5, 1], "wire": "int2"}),
-    "outer, blocks on several workers": (3, {"blocks_per_worker": (4, 2, 1), "momentum": "keep", **OUTER}),
-    "outer, int4": (3, {"min_blocks": 1, "wire": "int4", **OUTER}),
+    "outer, int4, blocks on several workers": (
+        3,
+        {"blocks_per_worker": (4, 2, 1), "momentum": "keep", "wire": "int4", **OUTER},
+    ),
     "DiLoCo, int2": (2, {"blocks": [], "batch_norm": "running", "momentum": "keep", "wire": "int2", **OUTER}),
-    "local SGD": (3, {"blocks": [], "batch_norm": "running"}),
     "one worker": (1, {"min_blocks": 1}),
     "one worker, outer": (1, {"min_blocks": 1, "momentum": "keep", **OUTER}),
 }
 
 
 def run_of(options: dict[str, Any], steps: int = 10) -> Run:
-    return Run(Config(**{"local_steps": 3, "overlap": 2, **options}), steps=steps)
+    return Run(Config(**{"local_steps": 3, "overlap": 2, **options}), steps=steps, net=Normed)
 
 
 @pytest.mark.parametrize(("workers", "options"), RUNS.values(), ids=RUNS)
@@ -65,7 +67,7 @@ ROUND = 4
 
 
 def run_in_transit() -> Run:
-    return Run(Config(local_steps=ROUND, overlap=3, **STATE_IN_TRANSIT), steps=11)
+    return Run(Config(local_steps=ROUND, overlap=3, **STATE_IN_TRANSIT), steps=10, net=Normed)
 
 
 def test_a_run_that_resumes_while_a_sync_is_under_way_is_the_run_that_was_not_stopped() -> None:
@@ -189,7 +191,7 @@ def sent(collective: Collective, run: Run) -> dict[str, int]:
 
 @pytest.mark.parametrize("options", [{}, {"wire": "int6", "warmup_rounds": 1, **OUTER}], ids=["fp32", "outer, int6"])
 def test_the_bytes_are_those_of_syncs_for_which_the_training_waits(options: dict[str, Any]) -> None:
-    ahead = Run(Config(local_steps=2, overlap=1, min_blocks=3, momentum="keep", **options), steps=8)
+    ahead = Run(Config(local_steps=2, overlap=1, min_blocks=3, momentum="keep", **options), steps=6, net=Normed)
     waiting = replace(ahead, config=replace(ahead.config, overlap=0))
     expected, _ = run_threads(sent, 3, waiting)
     assert run_threads(sent, 3, ahead)[0] == expected
@@ -207,7 +209,7 @@ def broken(collective: Collective, run: Run) -> str:
 
 
 def test_what_goes_wrong_beside_the_training_is_raised_where_the_sync_would_be_applied() -> None:
-    run = Run(Config(local_steps=ROUND, overlap=2, min_blocks=1), steps=ROUND)
+    run = Run(Config(local_steps=ROUND, overlap=2, min_blocks=1), steps=ROUND, net=Normed)
     assert run_threads(broken, 2, run)[0] == ["averaging", "averaging"]
 
 
@@ -222,7 +224,7 @@ def unequal(collective: Collective, run: Run) -> None:
 
 
 def test_workers_compare_what_has_arrived_although_each_has_learned_something_else_since() -> None:
-    run = Run(Config(local_steps=ROUND, overlap=2, min_blocks=1, check="full"), steps=0)
+    run = Run(Config(local_steps=ROUND, overlap=2, min_blocks=1, check="full"), steps=0, net=Normed)
     with pytest.raises(WorkersDisagree, match=r"stem\.weight"):
         run_threads(unequal, 2, run)
 

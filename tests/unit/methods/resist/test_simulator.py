@@ -11,6 +11,7 @@ import torch
 from resist_lightning import QSR, Config, PostLocal, Simulator
 from resist_lightning.schedule.partition import draw_partition, everything
 from tests.helpers import by_hand
+from tests.helpers.nets import Normed
 from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
@@ -112,7 +113,7 @@ def test_an_overlapped_sync_brings_what_was_sent_at_its_border_and_keeps_what_wa
 
 
 def test_by_default_the_state_of_adam_stays_at_a_sync():
-    plain = Run(Config(local_steps=2, min_blocks=3), steps=6, optimizer="adamw")
+    plain = Run(Config(local_steps=2, min_blocks=3), steps=6, optimizer="adamw", net=Normed)
     states = {}
     for momentum in (None, "keep", "reset"):
         run = replace(plain, config=replace(plain.config, momentum=momentum))
@@ -123,7 +124,7 @@ def test_by_default_the_state_of_adam_stays_at_a_sync():
 
 @pytest.mark.parametrize("wire", ["fp32", "int8"])
 def test_an_outer_step_of_rate_one_without_momentum_is_none(wire):
-    plain = Run(Config(local_steps=2, min_blocks=3, wire=wire, warmup_rounds=1), steps=7)
+    plain = Run(Config(local_steps=2, min_blocks=3, wire=wire, warmup_rounds=1), steps=7, net=Normed)
     same = replace(plain.config, outer="nesterov", outer_rate=1.0, outer_momentum=0.0)
     states = [train_simulator(replace(plain, config=c), 3).full_model().state_dict() for c in (plain.config, same)]
     assert_equal_states(states[1], states[0], exactly=True)
@@ -131,7 +132,7 @@ def test_an_outer_step_of_rate_one_without_momentum_is_none(wire):
 
 @pytest.mark.parametrize(("decay", "rule"), [(1.0, QSR(2, 1.8 * RATE)), (0.9, QSR(3, 1e-9)), (0.9, PostLocal(3, 3, 5))])
 def test_rules_that_give_equal_rounds_are_a_number_of_local_steps(decay, rule):
-    plain = Run(Config(local_steps=3, min_blocks=3, warmup_rounds=1), steps=8, decay=decay)
+    plain = Run(Config(local_steps=3, min_blocks=3, warmup_rounds=1), steps=8, decay=decay, net=Normed)
     same = replace(plain.config, local_steps=rule)
     simulators = [train_simulator(replace(plain, config=config), 3) for config in (plain.config, same)]
     assert [simulator.clock.round for simulator in simulators] == [2, 2]
@@ -145,7 +146,7 @@ def test_rules_that_give_equal_rounds_are_a_number_of_local_steps(decay, rule):
 )
 def test_rounds_are_as_long_as_the_rule_says_at_their_beginning(rule, lengths):
     """By hand: the rate of step t is 0.05 / 1.1^t, and a round reads it before its first step."""
-    run = Run(Config(local_steps=rule, min_blocks=3), steps=0, decay=1 / 1.1)
+    run = Run(Config(local_steps=rule, min_blocks=3), steps=0, decay=1 / 1.1, net=Normed)
     simulator = train_simulator(run, 2)
     found = [simulator.clock.local_steps]
     while len(found) < len(lengths):
@@ -158,7 +159,7 @@ def test_rounds_are_as_long_as_the_rule_says_at_their_beginning(rule, lengths):
 
 
 def test_simulated_workers_must_agree_on_the_rate_that_rounds_follow():
-    simulator = train_simulator(Run(Config(local_steps=QSR(1, 0.05), min_blocks=3), steps=0), 2)
+    simulator = train_simulator(Run(Config(local_steps=QSR(1, 0.05), min_blocks=3), steps=0, net=Normed), 2)
     simulator.workers[1].optimizers[0].param_groups[0]["lr"] = 0.01
     with pytest.raises(ValueError, match=r"the workers' learning rates differ \(\[0\.05, 0\.01\]\)"):
         simulator.after_step()
@@ -198,7 +199,7 @@ def test_a_warm_up_trains_scaled_branches_on_all_workers():
 
 
 def test_a_run_that_is_all_finish_is_one_that_is_all_warm_up():
-    run = Run(Config(local_steps=2, min_blocks=1, momentum="travel"), steps=7)
+    run = Run(Config(local_steps=2, min_blocks=1, momentum="travel"), steps=7, net=Normed)
     configs = [replace(run.config, warmup_rounds=4), replace(run.config, finish_rounds=4), run.config]
     warm, finish, plain = [train_simulator(replace(run, config=c), 2).full_model().state_dict() for c in configs]
     assert_equal_states(finish, warm, exactly=True)
@@ -206,7 +207,7 @@ def test_a_run_that_is_all_finish_is_one_that_is_all_warm_up():
 
 
 def test_growth_to_one_share_is_that_many_blocks_and_growth_to_all_is_a_warm_up():
-    run = Run(Config(local_steps=2, min_blocks=3, momentum="travel"), steps=7)
+    run = Run(Config(local_steps=2, min_blocks=3, momentum="travel"), steps=7, net=Normed)
     pairs = (
         (run.config, replace(run.config, min_blocks=None, growth=[0.75, 0.75])),
         # Half of four blocks at first: the scale of the first stage, not of three blocks.
@@ -250,7 +251,7 @@ def test_the_last_rounds_need_the_number_of_steps():
 
 
 def test_one_simulated_worker_is_plain_training_with_momentum_restarts():
-    run = Run(Config(local_steps=3), steps=7)
+    run = Run(Config(local_steps=3), steps=7, net=Normed)
     simulator = Simulator(make_model(run), lambda net: make_optimizer(run, net), run.config, 1)
     model = make_model(run)
     for step in range(run.steps):
@@ -263,7 +264,7 @@ def test_one_simulated_worker_is_plain_training_with_momentum_restarts():
 
 
 def test_the_user_s_network_is_copied_and_not_changed():
-    run = Run(Config(local_steps=1, min_blocks=1), steps=2)
+    run = Run(Config(local_steps=1, min_blocks=1), steps=2, net=Normed)
     model = make_model(run)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     simulator = Simulator(model, lambda net: make_optimizer(run, net), run.config, 2)
@@ -275,9 +276,9 @@ def test_the_user_s_network_is_copied_and_not_changed():
 
 def test_simulated_workers_have_no_speed():
     with pytest.raises(ValueError, match="blocks_per_worker='auto': simulated workers have no speed"):
-        train_simulator(Run(Config(blocks_per_worker="auto"), steps=0), 2)
+        train_simulator(Run(Config(blocks_per_worker="auto"), steps=0, net=Normed), 2)
     with pytest.raises(ValueError, match="overlap='auto': simulated syncs take no time"):
-        train_simulator(Run(Config(overlap="auto"), steps=0), 2)
+        train_simulator(Run(Config(overlap="auto"), steps=0, net=Normed), 2)
 
 
 def thaw(step, model):
@@ -299,7 +300,9 @@ def trained_and_thawed(collective, run):
 @pytest.mark.parametrize("wire", ["int8", "int2"])
 def test_what_is_unfrozen_between_rounds_is_sent_as_workers_send_it(wire):
     """It is sent exactly in its first round, as workers did not know of it when that began."""
-    run = Run(Config(local_steps=2, min_blocks=3, batch_norm="running", wire=wire), 9, frozen=("section1", "section3"))
+    run = Run(
+        Config(local_steps=2, min_blocks=3, batch_norm="running", wire=wire), 9, frozen=("stem", "body"), net=Normed
+    )
     states, _ = run_threads(trained_and_thawed, 2, run)
 
     simulator = train_simulator(replace(run, steps=0), 2)

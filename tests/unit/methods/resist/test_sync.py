@@ -13,6 +13,7 @@ from torch import Tensor
 from resist_lightning import Config, Engine
 from resist_lightning.comm.collective import Collective
 from resist_lightning.schedule.transfers import plan_sync
+from tests.helpers.nets import Normed
 from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
@@ -47,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_a_rate_of_one_without_momentum_trains_as_without_bit_for_bit(options: dict[str, Any]) -> None:
-    run = Run(Config(local_steps=2, batch_norm="running", **options), steps=9, observe_at=(2,))
+    run = Run(Config(local_steps=2, batch_norm="running", **options), steps=7, observe_at=(2,), net=Normed)
     same = replace(run.config, outer="nesterov", outer_rate=1.0, outer_momentum=0.0)
     plain, _ = run_threads(state_of, WORKERS, run)
     stepped, _ = run_threads(state_of, WORKERS, replace(run, config=same))
@@ -56,7 +57,7 @@ def test_a_rate_of_one_without_momentum_trains_as_without_bit_for_bit(options: d
 
 
 def engine_of(collective: Collective, config: Config) -> tuple[Engine, Any]:
-    return start_engine(collective, Run(config, steps=0))
+    return start_engine(collective, Run(config, steps=0, net=Normed))
 
 
 def kept(engine: Engine) -> dict[str, dict[str, Tensor]]:
@@ -150,8 +151,8 @@ def unbroken_and_resumed(collective: Collective, config: Config) -> list[State]:
     engine.finish()
     states = [clone_state(engine.module)]
     for stopped, place, own in saved:
-        model = make_model(Run(config, steps=0))
-        optimizer = make_optimizer(Run(config, steps=0), model)
+        model = make_model(Run(config, steps=0, net=Normed))
+        optimizer = make_optimizer(Run(config, steps=0, net=Normed), model)
         engine = Engine(model, [optimizer], config, collective=collective)
         assert engine.restore(place, own)
         assert engine.start()
@@ -190,8 +191,8 @@ def saved_of(collective: Collective, config: Config) -> tuple[Any, Any, State]:
 def resumed_by_others(collective: Collective, config: Config, saved: tuple[Any, Any, State]) -> tuple[bool, int, State]:
     """Whether the resume is exact, its number of velocities, and the full model after two more rounds."""
     place, own, weights = saved
-    model = make_model(Run(config, steps=0))
-    optimizer = make_optimizer(Run(config, steps=0), model)
+    model = make_model(Run(config, steps=0, net=Normed))
+    optimizer = make_optimizer(Run(config, steps=0, net=Normed), model)
     model.load_state_dict(weights)
     engine = Engine(model, [optimizer], config, collective=collective)
     same = engine.restore(place, own)
