@@ -116,7 +116,7 @@ MUTANTS = (
         "methods/ist/sync.py",
         "for peer in range(1, self._layout.workers):",
         "for peer in range(1, 2):",
-        ("tests/unit/methods/ist/test_observation.py",),
+        ("tests/unit/methods/ist/test_sync.py",),
     ),
     Mutant(
         "neurons are put together all at once",

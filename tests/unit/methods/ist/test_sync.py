@@ -90,7 +90,8 @@ def travel_without_training(collective, run):
 def test_cutting_and_assembling_is_the_identity_and_so_is_every_hand_over(drawn):
     """Check 3 of section 8, over as many rounds as there are steps; means of shared tensors may be rounded."""
     run, workers = drawn
-    run = replace(run, config=replace(run.config, local_steps=1, momentum="reset", batch_norm="running", layers=None))
+    config = replace(run.config, local_steps=1, momentum="reset", batch_norm="running", layers=None)
+    run = replace(run, config=config, steps=min(run.steps, 3))
     expected = clone_state(make_net(run))
     divided = NeuronLayout(make_net(run), run.config, workers).shapes.keys() & expected.keys()
     for states in run_threads(travel_without_training, workers, run)[0]:
@@ -117,7 +118,8 @@ def note_slices(collective, run):
 def test_every_slice_is_in_the_full_model_as_its_worker_has_it_and_the_rest_is_as_it_was(drawn):
     """Checks 2 and 4 of section 8: a copy where one worker holds an entry, unchanged bits where none does."""
     run, workers = drawn
-    run = Run(NeuronConfig(local_steps=2, seed=run.config.seed, batch_norm="running", **ONE), run.steps, run.net)
+    config = NeuronConfig(local_steps=2, seed=run.config.seed, batch_norm="running", **ONE)
+    run = Run(config, min(run.steps, 4), run.net)
     noted, _ = run_threads(note_slices, workers, run)
     engine = noted[0][0]
     cuts = engine.layout.neurons.cuts
@@ -210,8 +212,8 @@ def watch_sizes(collective, run):
 
 
 def test_modules_know_their_widths_in_the_subnet_and_in_the_full_model():
-    for net in NETS:
-        run = Run(NeuronConfig(local_steps=1, batch_norm="running"), 3, net)
+    for net in ("mixed", "conv"):
+        run = Run(NeuronConfig(local_steps=1, batch_norm="running"), 2, net)
         expected = sizes(make_net(run))
         for seen, after, hooks in run_threads(watch_sizes, 3, run)[0]:
             assert seen == after == expected
@@ -268,12 +270,19 @@ def watch_evaluations(collective, run):
     return found, train_engine(run, collective.worker, look, collective)[1]
 
 
-@pytest.mark.parametrize("holders", HOLDERS[1:])
-def test_worker_0_may_assemble_the_full_model_alone(holders):
+@pytest.mark.parametrize(
+    ("holders", "net", "optimizer"),
+    [
+        ({"min_share": 0.6}, "conv", "sgd"),
+        ({"growth": (0.1, 0.5, 0.8)}, "mixed", "sgd"),
+        ({**ONE, "finish_rounds": 1}, "mixed", "adamw"),
+    ],
+)
+def test_worker_0_may_assemble_the_full_model_alone(holders, net, optimizer):
     """Training and observations are the same as if all workers assembled it, for fewer bytes."""
     config = NeuronConfig(local_steps=2, momentum="travel", batch_norm="running", **holders)
     everywhere, first = (
-        run_threads(watch_evaluations, 3, Run(replace(config, evaluate_on=where), 6, "mixed"))[0]
+        run_threads(watch_evaluations, 3, Run(replace(config, evaluate_on=where), 4, net, optimizer))[0]
         for where in ("all", "first")
     )
     sent = {"all": 0, "first": 0}
