@@ -141,7 +141,7 @@ def settle(method: Any, stages: int, beta: float, steps: int) -> tuple[list[Tens
     return violations, [kappa for _, kappa in pairs], after
 
 
-@pytest.mark.parametrize(("stages", "steps"), [(2, 200), (3, 1000), (4, 1500)])
+@pytest.mark.parametrize(("stages", "steps"), [(2, 200), (3, 1000)])
 def test_multipliers_drive_the_violation_to_0_and_become_the_true_gradients(stages: int, steps: int) -> None:
     violations, kappas, gradients = settle("al-store", stages, beta=10.0, steps=steps)
     for violation, kappa, gradient in zip(violations, kappas, gradients, strict=True):
@@ -150,7 +150,7 @@ def test_multipliers_drive_the_violation_to_0_and_become_the_true_gradients(stag
         torch.testing.assert_close(kappa, -gradient, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", [2, 4])
 def test_the_penalty_leaves_a_violation_of_the_gradient_over_beta(stages: int) -> None:
     beta = 200.0
     violations, kappas, gradients = settle("penalty-store", stages, beta, steps=300)

@@ -112,7 +112,7 @@ def assert_parallel_gradients(problem: Problem, steps: int) -> None:
             torch.testing.assert_close(worker.multiplier * beta, kappa + due * beta * (guess - truth))
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(
     workers=st.integers(2, 4),
     width=st.integers(1, 5),
@@ -193,7 +193,7 @@ def plain_gradients(problem: Problem) -> dict[str, Tensor]:
     return dict(zip(named, found, strict=True))
 
 
-@pytest.mark.parametrize(("workers", "boundary"), [(2, 0), (3, 0), (3, 1), (4, 0), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("workers", "boundary"), [(2, 0), (3, 1), (4, 0), (4, 1)])
 def test_a_guess_that_is_off_by_the_gradient_over_beta_gives_the_back_propagated_one(
     workers: int, boundary: int
 ) -> None:
@@ -211,7 +211,7 @@ def test_a_guess_that_is_off_by_the_gradient_over_beta_gives_the_back_propagated
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("workers", [2, 4])
 def test_a_perfect_guess_starves_all_stages_but_the_last(workers: int) -> None:
     """Check 4: so a perfect auxiliary network is not the aim."""
     problem = make_problem(workers, seed=4, beta=6.0, method="penalty-store")
@@ -227,7 +227,7 @@ def test_a_perfect_guess_starves_all_stages_but_the_last(workers: int) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("workers", [2, 4])
 def test_a_stationary_multiplier_gives_all_stages_the_back_propagated_gradient(workers: int) -> None:
     """λ = Y and κ = -p: at a stationary point of the augmented Lagrangian, parallel training loses nothing."""
     problem = make_problem(workers, seed=4, beta=6.0, method="al-store", multiplier_every=1)
@@ -247,8 +247,7 @@ def test_a_stationary_multiplier_gives_all_stages_the_back_propagated_gradient(w
         torch.testing.assert_close(worker.multiplier * problem.beta_per_element, kappa)
 
 
-@pytest.mark.parametrize("method", ["penalty", "al-net", "penalty-store", "al-store"])
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize(("workers", "method"), [(2, "al-net"), (2, "penalty-store"), (4, "penalty"), (4, "al-store")])
 def test_a_stage_in_a_first_step_has_the_plain_gradients_bit_for_bit(workers: int, method: Any) -> None:
     problem = make_problem(workers, seed=1, method=method, aux_network=two_layers)
     problem.config = StageConfig(cuts=CUTS[workers], warmup_steps=1, method=method, aux_network=two_layers)
@@ -266,7 +265,7 @@ def first_batch(collective: ThreadCollective, problem: Problem) -> dict[str, Ten
     return staged.stage_gradients
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("workers", [2, 4])
 def test_every_worker_gets_the_output_of_the_last_stage(workers: int) -> None:
     problem = make_problem(workers, seed=2, method="penalty-store")
     found, _ = run_threads(one_batch, workers, problem, 0)
