@@ -1,0 +1,6 @@
+"""Helpers of the tests. In every process that imports one of them, convolutions are computed by torch itself."""
+
+import torch
+
+# Preparing oneDNN takes longer than computing the small convolutions of tests: a local step takes half the time without.
+torch.backends.mkldnn.set_flags(False)
