@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from resist_lightning import QSR, PostLocal
-from tests.helpers.plain import CLASSES, Classifier, held_out
+from tests.helpers.plain import CLASSES, held_out
+from tests.helpers.small import Small
 from tests.helpers.trainers import (
-    kind_for,
     make_strategy,
     make_trainer,
     run_cases,
@@ -34,23 +34,11 @@ from tests.helpers.training import assert_equal_states, clone_state
 
 BATCHES = 5  # in an epoch; rounds of three steps may end anywhere in it
 EPOCHS = 2
-STOPS_PER_CASE = 2
-CASES = (4, 17, 33, 38, 97, 117, 125, 155, 169)
-"""Seeds of the drawn cases: one to four workers, each value of each option, and each pair that shares code."""
-OPTIONS: dict[str, list[Any]] = {
-    "momentum": ["reset", "keep", "travel"],
-    "wire": ["fp32", "bf16", "int2"],
-    "batch_norm": ["recalibrate", "running"],
-    "min_blocks": [1, 3],
-    "warmup_rounds": [0, 1],
-}
-LOCAL_STEPS = [3, QSR(2, 0.08), 3, PostLocal(1, 4, 3)]
-"""Lengths of rounds, by the number of the case."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run, and the steps after which it is stopped."""
+    """A run, and the batches after which it is stopped."""
 
     workers: int
     face: str
@@ -63,35 +51,46 @@ class Case:
     """Whether ``configure_optimizers`` reads the number of steps, which creates the loaders and their iterator."""
 
 
-def draw_case(number: int) -> Case:
-    drawn = random.Random(number)
-    face = drawn.choice(["resist", "resist", "resist", "local_sgd"])
-    options = {name: drawn.choice(values) for name, values in OPTIONS.items()}
-    if face == "local_sgd":
-        options = {"momentum": drawn.choice(["reset", "keep"]), "wire": options["wire"]}
-    options["local_steps"] = LOCAL_STEPS[number // 4 % len(LOCAL_STEPS)]
-    accumulate = drawn.choice([1, 1, 2])
-    batches = EPOCHS * BATCHES
-    case = Case(
-        workers=1 + number % 4,
-        face=face,
-        options=options,
-        optimizer=drawn.choice(["sgd", "adamw"]),
-        loader=drawn.choice(["shuffled", "shuffled", "endless"]),
-        accumulate=accumulate,
-        stops=tuple(sorted(drawn.sample(range(1, batches), STOPS_PER_CASE))),
-        early=number % 2 == 1,
-    )
-    options["outer"] = drawn.choice(["none", "nesterov"])
-    if options["local_steps"] == 3 and options["momentum"] != "travel":
-        options["overlap"] = 2  # a stop may then fall between the border of a sync and its end
-    if face == "local_sgd" or options["min_blocks"] == 3:
-        options["fragments"] = 2
-    if face == "resist" and case.loader == "shuffled" and not isinstance(options["local_steps"], QSR):
-        options["finish_rounds"] = 1
-    if number % 5 in (0, 3):  # cases of two, three and four workers
-        options["evaluate_on"] = "first"  # worker 0 alone has the full model of a checkpoint
-    return case
+FIRST = {"evaluate_on": "first"}  # worker 0 alone has the full model of a checkpoint
+CASES = {
+    "alone": Case(
+        1, "resist", {"momentum": "keep", "batch_norm": "running", "min_blocks": 3, "local_steps": QSR(2, 0.08),
+                      "fragments": 2}, "sgd", "shuffled", 1, (5,),
+    ),
+    "local SGD": Case(  # stopped between the border of a sync and its end
+        2, "local_sgd", {"momentum": "reset", "wire": "bf16", "outer": "nesterov", "overlap": 2, "fragments": 2},
+        "sgd", "shuffled", 1, (7,), early=True,
+    ),
+    "local SGD, int2": Case(
+        3, "local_sgd", {"momentum": "keep", "wire": "int2", "local_steps": QSR(2, 0.08), "outer": "nesterov",
+                         "fragments": 2, **FIRST}, "sgd", "endless", 1, (3,),
+    ),
+    "momentum stays": Case(  # stopped between the border of a sync and its end
+        2, "resist", {"momentum": "keep", "wire": "bf16", "batch_norm": "recalibrate", "outer": "nesterov",
+                      "overlap": 2, "finish_rounds": 1}, "adamw", "shuffled", 1, (4,), early=True,
+    ),
+    "momentum restarts": Case(
+        2, "resist", {"momentum": "reset", "batch_norm": "recalibrate", "min_blocks": 3, "outer": "nesterov",
+                      "local_steps": QSR(2, 0.015), "fragments": 2}, "adamw", "endless", 2, (6,), early=True,
+    ),
+    "momentum restarts, int2": Case(
+        2, "resist", {"momentum": "reset", "wire": "int2", "batch_norm": "running", "warmup_rounds": 1,
+                      "local_steps": PostLocal(1, 4, 3), **FIRST}, "adamw", "endless", 1, (6,), early=True,
+    ),
+    "momentum travels": Case(
+        2, "resist", {"momentum": "travel", "batch_norm": "running", "min_blocks": 3, "outer": "nesterov",
+                      "fragments": 2, **FIRST}, "adamw", "endless", 2, (8,), early=True,
+    ),
+    "momentum travels, bf16": Case(  # stopped before the first step, too
+        3, "resist", {"momentum": "travel", "wire": "bf16", "batch_norm": "running", "min_blocks": 3,
+                      "fragments": 2, **FIRST}, "sgd", "endless", 2, (1, 6), early=True,
+    ),
+    "momentum travels, int2": Case(
+        2, "resist", {"momentum": "travel", "wire": "int2", "batch_norm": "recalibrate", "warmup_rounds": 1,
+                      "finish_rounds": 1}, "adamw", "shuffled", 2, (4,), early=True,
+    ),
+}  # fmt: skip
+"""One to three workers, each policy of momentum with each compression, and each value of the other options."""
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
@@ -114,11 +113,11 @@ class Endless(IterableDataset[tuple[Tensor, int]]):
             yield data[index]
 
 
-class Noisy(Classifier):
+class Noisy(Small):
     """With dropout and a schedule."""
 
-    def __init__(self, optimizer: str = "sgd", seed: int = 7, kind: str = "preact", early: bool = False) -> None:
-        super().__init__(kind, seed)
+    def __init__(self, optimizer: str = "sgd", seed: int = 7, face: str = "resist", early: bool = False) -> None:
+        super().__init__(face, seed)
         self.optimizer = optimizer
         self.early = early
         self.dropout = nn.Dropout(0.2)
@@ -155,7 +154,7 @@ def loader_of(worker: int, kind: str, loader_workers: int = 0) -> DataLoader[Any
 
 def fit(worker: int, case: Case, ckpt_path: str | None, callbacks: list[L.Callback], **more: Any) -> Noisy:
     L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
-    module = Noisy(case.optimizer, 7 if ckpt_path is None else 8, kind_for(case.face), case.early)
+    module = Noisy(case.optimizer, 7 if ckpt_path is None else 8, case.face, case.early)
     trainer = make_trainer(
         make_strategy(case.face, **case.options),
         max_epochs=EPOCHS,
@@ -173,16 +172,15 @@ def unbroken_and_resumed(worker: int, case: Case, folder: str) -> list[dict[str,
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[dict[str, Tensor]]]]:
-    cases = {number: draw_case(number) for number in CASES}
-    return run_cases(unbroken_and_resumed, cases, tmp_path_factory.mktemp("cases"))
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[dict[str, Tensor]]]]:
+    return run_cases(unbroken_and_resumed, CASES, tmp_path_factory.mktemp("cases"))
 
 
-@pytest.mark.parametrize("number", CASES)
-def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, trained: dict[int, Any]) -> None:
-    assert len(trained[number]) == draw_case(number).workers
-    for unbroken, *resumed in trained[number]:
-        assert len(resumed) == STOPS_PER_CASE
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_resumed_after_any_batch_is_the_unbroken_run(name: str, trained: dict[str, Any]) -> None:
+    assert len(trained[name]) == CASES[name].workers
+    for unbroken, *resumed in trained[name]:
+        assert len(resumed) == len(CASES[name].stops)
         for state in resumed:
             assert_equal_states(state, unbroken, exactly=True)
 
@@ -214,50 +212,70 @@ class Counts(DataLoader[Any]):
         self.skipped = state["given"]
 
 
-def fit_loader(worker: int, kind: str, ckpt_path: str | None, callbacks: list[L.Callback]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Kind:
+    """A kind of loaders, of modules or of validation, on two workers; its checkpoints, from which it resumes."""
+
+    name: str
+    checkpoints: tuple[str, ...]
+    workers: int = 2
+
+
+KINDS = (
+    Kind("two loaders", ("4", "7")),
+    Kind("validation", ("before-3", "after-8")),
+    Kind("processes", ("7",)),
+    Kind("persistent", ("4",)),  # in a later epoch the random state of the processes is lost
+    Kind("stateful, plateau", ("7",)),
+    Kind("own generator, follows a loss", ("6",)),  # with gradients of two batches
+    Kind("new loaders", ("7",)),
+)
+
+
+def fit_kind(worker: int, kind: str, folder: str | None, ckpt_path: str | None = None) -> dict[str, Tensor]:
+    """Train a kind; with a folder, save to it."""
     L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
     made: Any = MODULES.get(kind, Noisy)
     module = made(seed=7 if ckpt_path is None else 8)
     loader: Any = loader_of(worker, "shuffled", int(kind == "processes"))
-    if kind == "stateful":
+    if kind == "stateful, plateau":
         loader = Counts(Augmented(), batch_size=4)
     elif kind == "two loaders":
         short = DataLoader(Subset(Augmented(), range(12)), batch_size=4, shuffle=True)
         loader = CombinedLoader([loader, short], "max_size_cycle")
     elif kind == "persistent":
         loader = DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
-    elif kind == "own generator":
+    elif kind == "own generator, follows a loss":
         loader = DataLoader(Augmented(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(5))
     renews = {"reload_dataloaders_every_n_epochs": 2} if kind == "new loaders" else {}
-    validates = {"val_check_interval": 3} if "validation" in kind else {}
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)  # else Lightning adds one of its own
+    validates = {"val_check_interval": 3} if kind == "validation" else {}
+    callbacks = [] if folder is None else saving_for(kind, folder)
     trainer = make_trainer(
         make_strategy(),
         max_epochs=EPOCHS + bool(renews),
         callbacks=callbacks,
-        enable_checkpointing=saves,
+        enable_checkpointing=any(isinstance(saving, ModelCheckpoint) for saving in callbacks),
         **validates,
         **renews,
     )
-    validation = held_out(worker) if validates or kind == "plateau" else None
+    validation = held_out(worker) if validates or kind == "stateful, plateau" else None
     trainer.fit(module, loader, validation, ckpt_path=ckpt_path)
     return clone_state(module)
 
 
-def unbroken_and_resumed_loader(worker: int, kind: str, folder: str) -> list[dict[str, Tensor]]:
-    saving: L.Callback = SavesAt(folder, (4, 7))
-    if kind == "validation":
-        saving = ModelCheckpoint(folder, filename="{step}", monitor="val/loss", save_top_k=-1)
-    if kind == "just before validation":
-        saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-    states = [fit_loader(worker, kind, None, [saving])]
-    names = ["4", "7"]
-    if kind == "validation":
-        names = [f"step={step}" for step in (3, 8)]
-    elif kind == "just before validation":
-        names = [f"step={step}" for step in (3, 6)]
-    names = names[:1] if kind == "persistent" else names  # in a later epoch the random state of the processes is lost
-    return states + [fit_loader(worker, kind, f"{folder}/{name}.ckpt", []) for name in names]
+def saving_for(kind: str, folder: str) -> list[L.Callback]:
+    if kind != "validation":
+        return [SavesAt(folder, (4, 6, 7))]
+    options: dict[str, Any] = {"auto_insert_metric_name": False, "save_top_k": -1}
+    return [
+        ModelCheckpoint(folder, filename="before-{step}", every_n_train_steps=3, **options),
+        ModelCheckpoint(folder, filename="after-{step}", monitor="val/loss", **options),
+    ]
+
+
+def train_kind(worker: int, kind: Kind, folder: str) -> list[dict[str, Tensor]]:
+    unbroken = fit_kind(worker, kind.name, folder)
+    return [unbroken] + [fit_kind(worker, kind.name, None, f"{folder}/{name}.ckpt") for name in kind.checkpoints]
 
 
 class Terminates(L.Callback):
@@ -288,16 +306,18 @@ def fit_with_validation(worker: int, ckpt_path: str | None, folder: str | None) 
     return clone_state(module)
 
 
+def unbroken_and_resumed_with_validation(worker: int, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return fit_with_validation(worker, None, None), fit_with_validation(worker, path, None)
+
+
 def test_a_run_that_a_signal_stops_in_a_validation_resumes_with_its_gradients_and_its_place(tmp_path: Path) -> None:
     stopped = run_trainers_to_the_end(fit_with_validation, 2, None, str(tmp_path), timeout=60)
 
     assert [type(outcome.error) for outcome in stopped] == [SIGTERMException] * 2
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"] == 3
-    unbroken = run_trainers(fit_with_validation, 2, None, None)
-    resumed = run_trainers(fit_with_validation, 2, str(tmp_path / "on_exception.ckpt"), None)
-    for state, expected in zip(resumed, unbroken, strict=True):
-        assert_equal_states(state, expected, exactly=True)
+    for unbroken, resumed in run_trainers(unbroken_and_resumed_with_validation, 2, str(tmp_path / "on_exception.ckpt")):
+        assert_equal_states(resumed, unbroken, exactly=True)
 
 
 class FollowsALoss(Noisy):
@@ -351,46 +371,22 @@ class Iterates(Noisy):
 
 
 MODULES = {
-    "follows a loss": FollowsALoss,
-    "plateau": FollowsTheValidation,
+    "own generator, follows a loss": FollowsALoss,
+    "stateful, plateau": FollowsTheValidation,
     "two loaders": OfTwoLoaders,
     "persistent": Iterates,
 }
-KINDS = (
-    "two loaders",
-    "validation",
-    "just before validation",
-    "processes",
-    "stateful",
-    "persistent",
-    "own generator",
-    "new loaders",
-    "follows a loss",
-    "plateau",
-)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of loaders and validation, on two workers."""
-
-    name: str
-    workers: int = 2
-
-
-def train_kind(worker: int, kind: Kind, folder: str) -> list[dict[str, Tensor]]:
-    return unbroken_and_resumed_loader(worker, kind.name, folder)
 
 
 @pytest.fixture(scope="module")
 def trained_kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[dict[str, Tensor]]]]:
-    return run_cases(train_kind, {name: Kind(name) for name in KINDS}, tmp_path_factory.mktemp("kinds"))
+    return run_cases(train_kind, {kind.name: kind for kind in KINDS}, tmp_path_factory.mktemp("kinds"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_so_it_is_from_validation_and_with_loaders_of_other_kinds(kind: str, trained_kinds: dict[str, Any]) -> None:
-    assert len(trained_kinds[kind]) == 2
-    for unbroken, *resumed in trained_kinds[kind]:
-        assert resumed
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_so_it_is_from_validation_and_with_loaders_of_other_kinds(kind: Kind, trained_kinds: dict[str, Any]) -> None:
+    assert len(trained_kinds[kind.name]) == 2
+    for unbroken, *resumed in trained_kinds[kind.name]:
+        assert len(resumed) == len(kind.checkpoints)
         for state in resumed:
             assert_equal_states(state, unbroken, exactly=True)
