@@ -6,7 +6,8 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from resist_lightning import CheckpointError, CheckpointNotWritten
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
-from tests.helpers.plain import Classifier, stream
+from tests.helpers.plain import stream
+from tests.helpers.small import Small
 from tests.helpers.trainers import make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
 
 State = dict[str, Tensor]
 STEPS = 10
-PARAMETERS = {name for name, _ in Classifier().named_parameters()}
+PARAMETERS = {name for name, _ in Small().named_parameters()}
 SAVED_AFTER = 4  # in round 1, after one step of it
 
 
@@ -37,16 +39,16 @@ class Saves(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def save(worker: int, path: str, options: dict[str, Any] | None = None) -> State:
-    module = Classifier()
-    trainer = make_trainer(make_strategy(**(options or {})), max_epochs=1, callbacks=[Saves(path)])
+def save(worker: int, path: str, face: str = "resist") -> State:
+    module = Small()
+    trainer = make_trainer(make_strategy(face), max_epochs=1, callbacks=[Saves(path)])
     trainer.fit(module, stream(worker, STEPS))
     return clone_state(module)
 
 
-def resume(worker: int, path: str, options: dict[str, Any] | None = None) -> State:
-    module = Classifier(seed=1)
-    trainer = make_trainer(make_strategy(**(options or {})), max_epochs=1)
+def resume(worker: int, path: str, face: str = "resist") -> State:
+    module = Small(seed=1)
+    trainer = make_trainer(make_strategy(face), max_epochs=1)
     trainer.fit(module, stream(worker, STEPS), ckpt_path=path)
     return clone_state(module)
 
@@ -64,39 +66,47 @@ def test_a_checkpoint_is_one_file_of_the_model_and_one_of_each_worker(saved: Pat
     assert [file.name for file in files_of(path)] == sorted(state[CHECKPOINT_KEY]["files"])
     assert [file.name.partition(".")[0] for file in files_of(path)] == [f"round=1-step=1-{w}-of-2" for w in (0, 1)]
     own = [set(torch.load(file, weights_only=True)["tensors"]) for file in files_of(path)]
-    blocks = [{name.split(".")[2] for name in names if "section3" in name} for names in own]
+    blocks = [{name.split(".")[2] for name in names if "body" in name} for names in own]
     assert blocks[0] | blocks[1] == {"0", "1", "2", "3", "4"}
     assert blocks[0] & blocks[1] == {"0"}  # each has its own blocks; the first is shared
 
 
-def overwrite(worker: int, path: str) -> None:
-    trainer = make_trainer(make_strategy(), max_epochs=1, callbacks=[Saves(path, after=(2, SAVED_AFTER))])
-    trainer.fit(Classifier(), stream(worker, STEPS))
+def save_in_three_ways(worker: int, folder: str) -> str:
+    """Write over a checkpoint, keep the last one, and save weights; returns messages of a resumed run."""
+    over = Saves(f"{folder}/over/a.ckpt", after=(2, SAVED_AFTER))
+    kept = ModelCheckpoint(f"{folder}/kept", filename="{step}", save_top_k=1, every_n_train_steps=2, save_last="link")
+    weights = ModelCheckpoint(f"{folder}/weights", filename="a", save_weights_only=True, every_n_train_steps=STEPS)
+    trainer = make_trainer(make_strategy(), max_epochs=1, enable_checkpointing=True, callbacks=[over, kept, weights])
+    trainer.fit(Small(), stream(worker, STEPS))
+    return resume_and_listen(worker, f"{folder}/kept/last.ckpt")[0]
 
 
-def test_a_checkpoint_that_is_written_over_leaves_no_file_of_the_one_before(tmp_path: Path) -> None:
-    run_trainers(overwrite, 2, str(tmp_path / "a.ckpt"))
-
-    assert len(files_of(tmp_path / "a.ckpt")) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.workers"]
-
-
-def keep_the_last(worker: int, folder: str) -> None:
-    saving = ModelCheckpoint(folder, filename="{step}", save_top_k=1, every_n_train_steps=2, save_last="link")
-    trainer = make_trainer(make_strategy(), max_epochs=1, enable_checkpointing=True, callbacks=[saving])
-    trainer.fit(Classifier(), stream(worker, STEPS))
+@pytest.fixture(scope="module")
+def in_three_ways(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("ways")
+    return folder, run_trainers(save_in_three_ways, 2, str(folder))
 
 
-def test_a_checkpoint_that_is_removed_takes_the_workers_files_along_and_a_link_finds_them(tmp_path: Path) -> None:
-    run_trainers(keep_the_last, 2, str(tmp_path))
-
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=10.ckpt", "step=10.ckpt.workers"]
-    for outcome in run_trainers_to_the_end(resume_and_listen, 2, str(tmp_path / "last.ckpt")):
-        assert "resumes exactly" in outcome.value or outcome.value == "on worker 0 only"
+def test_a_checkpoint_that_is_written_over_leaves_no_file_of_the_one_before(in_three_ways: tuple[Path, Any]) -> None:
+    folder = in_three_ways[0] / "over"
+    assert len(files_of(folder / "a.ckpt")) == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["a.ckpt", "a.ckpt.workers"]
 
 
-def resume_and_listen(worker: int, path: str) -> str:
-    """Messages about resuming a run."""
+def test_a_checkpoint_that_is_removed_takes_the_workers_files_along_and_a_link_finds_them(
+    in_three_ways: tuple[Path, list[str]],
+) -> None:
+    folder, said = in_three_ways[0] / "kept", in_three_ways[1]
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=10.ckpt", "step=10.ckpt.workers"]
+    assert "resumes exactly" in said[0]
+
+
+def test_weights_alone_have_no_files_of_workers(in_three_ways: tuple[Path, Any]) -> None:
+    assert [path.name for path in (in_three_ways[0] / "weights").iterdir()] == ["a.ckpt"]
+
+
+def resume_and_listen(worker: int, path: str) -> tuple[str, State]:
+    """Worker 0's messages about resuming a run, and its weights."""
     import logging
     import warnings
 
@@ -107,10 +117,9 @@ def resume_and_listen(worker: int, path: str) -> str:
         logging.getLogger(name).addHandler(handler)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        resume(worker, path)
+        state = resume(worker, path)
     said += [str(warning.message) for warning in warned]
-    found = [line for line in said if "resume" in line]
-    return "; ".join(found) if worker == 0 else "on worker 0 only"
+    return "; ".join(line for line in said if "resume" in line), state
 
 
 class KilledWhileSaving(L.Callback):
@@ -132,7 +141,7 @@ class KilledWhileSaving(L.Callback):
 
 def killed_while_saving(worker: int, path: str) -> None:
     trainer = make_trainer(make_strategy(), max_epochs=1, callbacks=[KilledWhileSaving(path)])
-    trainer.fit(Classifier(), stream(worker, STEPS))
+    trainer.fit(Small(), stream(worker, STEPS))
 
 
 def test_a_run_killed_while_saving_leaves_the_checkpoint_before_it(unbroken: State, tmp_path: Path) -> None:
@@ -148,25 +157,43 @@ def test_a_run_killed_while_saving_leaves_the_checkpoint_before_it(unbroken: Sta
 # A full disk.
 
 
-def save_on_a_full_disk(worker: int, path: str, full: int, on_save_error: str) -> State:
-    module = Classifier()
-    strategy = make_strategy(on_save_error=on_save_error)
-    trainer = make_trainer(strategy, max_epochs=1, callbacks=[Saves(path, after=(2,)), FullDisk(path, full)])
-    trainer.fit(module, stream(worker, STEPS))
-    return clone_state(module)
-
-
 class FullDisk(L.Callback):
-    """Limits files of one worker to 10 kB, which is too little for a checkpoint."""
+    """Saves when files of one worker are limited to 10 kB, which is too little for a checkpoint."""
 
     def __init__(self, path: str, full: int) -> None:
         self.path, self.full = path, full
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == SAVED_AFTER:
-            if trainer.global_rank == self.full:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            trainer.save_checkpoint(self.path)
+            with limited_files() if trainer.global_rank == self.full else nullcontext():
+                trainer.save_checkpoint(self.path)
+
+
+@contextmanager
+def limited_files() -> Iterator[None]:
+    before, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, limit))
+
+
+def save_on_a_full_disk(worker: int, path: str, full: int, on_save_error: str) -> State:
+    module = Small()
+    strategy = make_strategy(on_save_error=on_save_error)
+    trainer = make_trainer(strategy, max_epochs=1, callbacks=[Saves(path, after=(2,)), FullDisk(path, full)])
+    trainer.fit(module, stream(worker, STEPS))
+    return clone_state(module)
+
+
+def fail_and_go_on(worker: int, path: str, full: int) -> tuple[str, State]:
+    """The error of a full disk, and the weights of a run that only warns of it."""
+    with pytest.raises(CheckpointNotWritten) as caught:
+        save_on_a_full_disk(worker, path, full, "raise")
+    state = torch.load(path, weights_only=True)
+    assert (state["global_step"], len(files_of(Path(path)))) == (2, 2)
+    return str(caught.value), save_on_a_full_disk(worker, path, full, "warn")
 
 
 @pytest.mark.parametrize("full", [0, 1])
@@ -174,16 +201,12 @@ def test_a_full_disk_ends_all_workers_or_none_and_the_checkpoint_before_stays(
     full: int, unbroken: State, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.ckpt"
-    for outcome in run_trainers_to_the_end(save_on_a_full_disk, 2, str(path), full, "raise"):
-        assert isinstance(outcome.error, CheckpointNotWritten)
-        assert f"worker {full}: File too large" in str(outcome.error)
-        assert "on_save_error='warn'" in str(outcome.error)
-    assert torch.load(path, weights_only=True)["global_step"] == 2
-    assert len(files_of(path)) == 2
-
-    for state in run_trainers(save_on_a_full_disk, 2, str(path), full, "warn"):
+    for error, state in run_trainers(fail_and_go_on, 2, str(path), full):
+        assert f"worker {full}: File too large" in error
+        assert "on_save_error='warn'" in error
         assert_equal_states(state, unbroken, exactly=True)
     assert torch.load(path, weights_only=True)["global_step"] == 2
+    assert len(files_of(path)) == 2
 
 
 class FillsTheDisk(L.Callback):
@@ -193,17 +216,23 @@ class FillsTheDisk(L.Callback):
 
 
 def keep_the_newest_on_a_full_disk(worker: int, folder: str) -> None:
-    saving = ModelCheckpoint(folder, filename="{step}", save_top_k=1, every_n_train_steps=2)
     strategy = make_strategy(on_save_error="warn")
-    trainer = make_trainer(strategy, max_epochs=1, enable_checkpointing=True, callbacks=[FillsTheDisk(), saving])
-    trainer.fit(Classifier(), stream(worker, STEPS))
+    newest = ModelCheckpoint(f"{folder}/newest", filename="{step}", save_top_k=1, every_n_train_steps=2)
+    last = ModelCheckpoint(f"{folder}/last", filename="{step}", save_top_k=-1, every_n_train_steps=1, save_last="link")
+    callbacks = [FillsTheDisk(), newest, last]
+    trainer = make_trainer(strategy, max_epochs=1, enable_checkpointing=True, callbacks=callbacks)
+    trainer.fit(Small(), stream(worker, 6))
 
 
 def test_a_checkpoint_is_kept_where_the_one_that_replaces_it_could_not_be_written(tmp_path: Path) -> None:
+    """And the link to the last one leads to the last that was written."""
     run_trainers(keep_the_newest_on_a_full_disk, 2, str(tmp_path))
 
-    assert torch.load(tmp_path / "step=2.ckpt", weights_only=True)["global_step"] == 2
-    assert len(files_of(tmp_path / "step=2.ckpt")) == 2
+    assert torch.load(tmp_path / "newest" / "step=2.ckpt", weights_only=True)["global_step"] == 2
+    assert len(files_of(tmp_path / "newest" / "step=2.ckpt")) == 2
+    names = sorted(path.name for path in (tmp_path / "last").iterdir())
+    assert names == ["last.ckpt", *(f"step={step}.ckpt{kind}" for step in (1, 2) for kind in ("", ".workers"))]
+    assert torch.load(tmp_path / "last" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 # Files that cannot be used.
@@ -231,25 +260,33 @@ def newer(path: Path) -> None:
     torch.save(state, path)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (cut_off, "truncated at"),
-        (empty, "it is empty"),
-        (foreign, "not a torch checkpoint"),
-        (bare_weights, "holds a bare state_dict"),
-        (newer, "written by a newer resist-lightning"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_named_and_explained(
-    spoil: Callable[[Path], None], message: str, saved: Path
-) -> None:
-    spoil(saved)
+SPOILT: dict[Callable[[Path], None], str] = {
+    cut_off: "truncated at",
+    empty: "it is empty",
+    foreign: "not a torch checkpoint",
+    bare_weights: "holds a bare state_dict",
+    newer: "written by a newer resist-lightning",
+}
 
-    for outcome in run_trainers_to_the_end(resume, 2, str(saved)):
-        assert isinstance(outcome.error, CheckpointError)
-        assert message in str(outcome.error)
-        assert str(saved) in str(outcome.error)
+
+def resume_spoilt(worker: int, paths: list[str]) -> list[str]:
+    errors = []
+    for path in paths:
+        with pytest.raises(CheckpointError) as caught:
+            resume(worker, path)
+        errors.append(str(caught.value))
+    return errors
+
+
+def test_a_file_that_cannot_be_used_is_named_and_explained(saved: Path, tmp_path: Path) -> None:
+    paths = [str(shutil.copy(saved, tmp_path / f"{spoil.__name__}.ckpt")) for spoil in SPOILT]
+    for spoil, path in zip(SPOILT, paths, strict=True):
+        spoil(Path(path))
+
+    for errors in run_trainers(resume_spoilt, 2, paths):
+        for error, path, message in zip(errors, paths, SPOILT.values(), strict=True):
+            assert message in error
+            assert path in error
 
 
 def resume_as_nobody(worker: int, path: str) -> None:
@@ -283,69 +320,63 @@ def test_a_damaged_file_of_a_worker_is_an_error(saved: Path) -> None:
 def test_without_the_workers_files_the_run_goes_on_from_the_full_model_and_says_so(saved: Path) -> None:
     files_of(saved)[1].unlink()  # with one file missing, no worker may resume with its own tensors
 
-    first, second = run_trainers(resume, 2, str(saved))
+    (said, first), (_, second) = run_trainers(resume_and_listen, 2, str(saved))
     assert_equal_states(first, second, exactly=True)
-    said = run_trainers(resume_and_listen, 2, str(saved))[0]
     assert "files beside" in said
     assert "are missing. The training resumes" in said
-
-
-def test_weights_alone_have_no_files_of_workers(tmp_path: Path) -> None:
-    run_trainers(save_weights, 2, str(tmp_path / "a.ckpt"))
-
-    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
-
-
-def save_weights(worker: int, path: str) -> None:
-    saving = ModelCheckpoint(os.path.dirname(path), filename="a", save_weights_only=True, every_n_train_steps=STEPS)
-    trainer = make_trainer(make_strategy(), max_epochs=1, enable_checkpointing=True, callbacks=[saving])
-    trainer.fit(Classifier(), stream(worker, STEPS))
 
 
 # From one strategy, or number of workers, to another.
 
 
+CHANGES = (
+    *(("ddp", "resist"), ("ddp", "local_sgd"), ("resist", "ddp"), ("resist", "local_sgd")),
+    ("local_sgd", "resist"),
+)
+
+
 def fit_ddp(worker: int, save_to: str | None, ckpt_path: str | None) -> State:
-    module = Classifier(seed=7 if ckpt_path is None else 1)
+    module = Small(seed=7 if ckpt_path is None else 1)
     callbacks = [Saves(save_to)] if save_to is not None else []
     trainer = make_trainer("ddp", max_epochs=1, callbacks=callbacks)
     trainer.fit(module, stream(worker, STEPS), ckpt_path=ckpt_path)
     return clone_state(module)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [("ddp", "resist"), ("ddp", "local_sgd"), ("resist", "ddp"), ("resist", "local_sgd"), ("local_sgd", "resist")],
-)
-def test_a_checkpoint_of_one_strategy_starts_another(before: str, after: str, tmp_path: Path) -> None:
-    path = str(tmp_path / "a.ckpt")
-    if before == "ddp":
-        run_trainers(fit_ddp, 2, path, None)
-    else:
-        run_trainers(save, 2, path, {"face": before})
-
-    states = run_trainers(fit_ddp, 2, None, path) if after == "ddp" else run_trainers(resume, 2, path, {"face": after})
-
-    saved = torch.load(path, weights_only=True)
-    if after == "ddp":  # DDP's workers have batch-norm statistics of their own
-        states = [{name: value for name, value in s.items() if name in PARAMETERS} for s in states]
-    assert_equal_states(states[0], states[1], exactly=True)
-    assert saved["global_step"] == SAVED_AFTER
-    stem = "net.stem.weight"
-    distance = (states[0][stem] - saved["state_dict"][stem]).abs().max()
-    assert 0 < distance < (Classifier(seed=1).state_dict()[stem] - saved["state_dict"][stem]).abs().max()
+def change_strategies(worker: int, folder: str) -> list[State]:
+    fit_ddp(worker, f"{folder}/ddp.ckpt", None)
+    for face in ("resist", "local_sgd"):
+        save(worker, f"{folder}/{face}.ckpt", face)
+    paths = [f"{folder}/{before}.ckpt" for before, _ in CHANGES]
+    return [
+        fit_ddp(worker, None, path) if after == "ddp" else resume(worker, path, after)
+        for path, (_, after) in zip(paths, CHANGES, strict=True)
+    ]
 
 
-def test_a_checkpoint_of_three_workers_in_mid_round_resumes_with_any_number_and_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    run_trainers(save, 3, str(path))
+def test_a_checkpoint_of_one_strategy_starts_another(tmp_path: Path) -> None:
+    stem = "net.stem.1.weight"
+    for (before, after), *found in zip(CHANGES, *run_trainers(change_strategies, 2, str(tmp_path)), strict=True):
+        saved = torch.load(tmp_path / f"{before}.ckpt", weights_only=True)
+        # DDP's workers have batch-norm statistics of their own.
+        names = PARAMETERS if after == "ddp" else found[0].keys()
+        states = [{name: state[name] for name in names} for state in found]
+        assert_equal_states(states[0], states[1], exactly=True)
+        assert saved["global_step"] == SAVED_AFTER
+        distance = (states[0][stem] - saved["state_dict"][stem]).abs().max()
+        assert 0 < distance < (Small(seed=1).state_dict()[stem] - saved["state_dict"][stem]).abs().max()
 
-    for workers in (1, 4):
-        states = run_trainers(resume, workers, str(path))
-        assert len(states) == workers
-        for state in states:
-            assert_equal_states(state, states[0], exactly=True)
-    said = run_trainers(resume_and_listen, 2, str(path))[0]
-    assert (
-        "The 2 worker(s) here resume from its full model, with a new partition, in round 2 after 0 local steps" in said
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_checkpoint_of_two_workers_in_mid_round_resumes_with_any_number_and_says_so(
+    workers: int, saved: Path
+) -> None:
+    results = run_trainers(resume_and_listen, workers, str(saved))
+
+    assert len(results) == workers
+    for _, state in results:
+        assert_equal_states(state, results[0][1], exactly=True)
+    said = (
+        f"The {workers} worker(s) here resume from its full model, with a new partition, in round 2 after 0 local steps"
     )
+    assert said in results[0][0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +14,35 @@ from resist_lightning import NeuronConfig
 from tests.helpers.plain import Classifier, stream
 from tests.helpers.trainers import fit, make_strategy, make_trainer, run_cases, run_trainers, train_in_one_process
 from tests.helpers.training import assert_equal_states, clone_state
-from tests.integration.test_exact_resume import BATCHES, EPOCHS, STOPS_PER_CASE, Case, unbroken_and_resumed
+from tests.integration.test_exact_resume import Case, unbroken_and_resumed
 
 State = dict[str, Tensor]
 
 
-def draw_case(number: int) -> Case:
-    """A random run, and random batches after which it is stopped."""
-    drawn = random.Random(number)
-    options = {
-        "momentum": ("reset", "keep", "travel")[number % 3],
-        "batch_norm": drawn.choice(["recalibrate", "running", "batch"]),
-        "seed": number,
-    }
-    return Case(
-        workers=1 + number // 3,
-        face="ist",
-        options=options,
-        optimizer=drawn.choice(["sgd", "adamw"]),
-        loader=drawn.choice(["shuffled", "endless"]),
-        accumulate=drawn.choice([1, 2]),
-        stops=tuple(sorted(drawn.sample(range(1, EPOCHS * BATCHES), STOPS_PER_CASE))),
-        early=number % 2 == 1,
-    )
+CASES = {
+    "alone": Case(1, "ist", {"momentum": "keep", "batch_norm": "running"}, "sgd", "endless", 2, (3,), early=True),
+    "restarts": Case(
+        2, "ist", {"momentum": "reset", "batch_norm": "recalibrate"}, "sgd", "endless", 2, (6,), early=True
+    ),
+    "stays": Case(2, "ist", {"momentum": "keep", "batch_norm": "running"}, "adamw", "shuffled", 2, (8,)),
+    "travels": Case(2, "ist", {"momentum": "travel", "batch_norm": "batch"}, "adamw", "endless", 1, (4,), early=True),
+    "of three": Case(3, "ist", {"momentum": "travel", "batch_norm": "recalibrate"}, "adamw", "shuffled", 1, (7,)),
+}
+"""By what becomes of the momentum."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[State]]]:
-    cases = {number: draw_case(number) for number in range(9)}
-    return run_cases(unbroken_and_resumed, cases, tmp_path_factory.mktemp("cases"))
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[State]]]:
+    return run_cases(unbroken_and_resumed, CASES, tmp_path_factory.mktemp("cases"))
 
 
-@pytest.mark.parametrize("number", range(9))
-def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, trained: dict[int, Any]) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_resumed_after_any_batch_is_the_unbroken_run(name: str, trained: dict[str, Any]) -> None:
     """With every policy of momentum and one to three workers; accumulated gradients are saved, too."""
-    case = draw_case(number)
-    assert len(trained[number]) == case.workers
-    for unbroken, *resumed in trained[number]:
-        assert len(resumed) == len(case.stops)
-        for state in resumed:
-            assert_equal_states(state, unbroken, exactly=True)
-
-
-def test_the_cases_have_all_of_it() -> None:
-    cases = [draw_case(number) for number in range(9)]
-    assert {(case.workers, case.options["momentum"]) for case in cases} == {
-        (workers, momentum) for workers in (1, 2, 3) for momentum in ("reset", "keep", "travel")
-    }
-    assert {case.accumulate for case in cases if case.workers > 1} == {1, 2}
-    assert {case.optimizer for case in cases} == {"sgd", "adamw"}
+    assert len(trained[name]) == CASES[name].workers
+    for unbroken, *resumed in trained[name]:
+        assert len(resumed) == 1
+        assert_equal_states(resumed[0], unbroken, exactly=True)
 
 
 class Saves(L.Callback):
@@ -84,19 +63,24 @@ def train_from(worker: int, strategy: str, ckpt_path: str | None, save_to: str |
     return clone_state(module)
 
 
-@pytest.mark.parametrize(("before", "after"), [("ddp", "ist"), ("ist", "ddp"), ("local_sgd", "ist")])
-def test_a_checkpoint_of_one_strategy_starts_another(before: str, after: str, tmp_path: Path) -> None:
-    """Plain training's optimizer state is that of the full model; it is cut with the neurons."""
-    path = str(tmp_path / "a.ckpt")
-    run_trainers(train_from, 2, before, None, path)
-    states = run_trainers(train_from, 2, after, path, None)
+CHANGES = (("ddp", "ist"), ("ist", "ddp"), ("local_sgd", "ist"))
 
-    saved = torch.load(path, weights_only=True)["state_dict"]
+
+def change_strategies(worker: int, folder: str) -> list[State]:
+    for before, _ in CHANGES:
+        train_from(worker, before, None, f"{folder}/{before}.ckpt")
+    return [train_from(worker, after, f"{folder}/{before}.ckpt", None) for before, after in CHANGES]
+
+
+def test_a_checkpoint_of_one_strategy_starts_another(tmp_path: Path) -> None:
+    """Plain training's optimizer state is that of the full model; it is cut with the neurons."""
     names = [name for name, _ in Classifier("chain").named_parameters()]
-    for name in names:  # DDP's workers have batch-norm statistics of their own
-        assert torch.equal(states[0][name], states[1][name])
-        distance = (states[0][name] - saved[name]).abs().max()
-        assert 0 < distance < 0.1
+    for (before, _), first, second in zip(CHANGES, *run_trainers(change_strategies, 2, str(tmp_path)), strict=True):
+        saved = torch.load(tmp_path / f"{before}.ckpt", weights_only=True)["state_dict"]
+        for name in names:  # DDP's workers have batch-norm statistics of their own
+            assert torch.equal(first[name], second[name])
+            distance = (first[name] - saved[name]).abs().max()
+            assert 0 < distance < 0.1
 
 
 def train_in_mid_round(worker: int, path: str) -> None:
@@ -110,15 +94,14 @@ def go_on(worker: int, path: str) -> State:
     return clone_state(module)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_checkpoint_in_mid_round_resumes_with_another_number_of_workers(workers: int, tmp_path: Path) -> None:
+def test_a_checkpoint_in_mid_round_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
     path = str(tmp_path / "a.ckpt")
     run_trainers(train_in_mid_round, 2, path)
-    results = run_trainers(go_on, workers, path)
+    results = run_trainers(go_on, 3, path)
 
     module = Classifier("chain")
     module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-    simulator = train_in_one_process(module, NeuronConfig(local_steps=3), workers, 2, first_step=6)
+    simulator = train_in_one_process(module, NeuronConfig(local_steps=3), 3, 2, first_step=6)
     parameters = dict(simulator.full_model().named_parameters())
     for state in results:
         assert_equal_states(state, results[0], exactly=True)
