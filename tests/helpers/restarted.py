@@ -14,10 +14,11 @@ import lightning as L
 import torch
 
 from resist_lightning import ResISTStrategy
-from tests.helpers.plain import Classifier, stream
+from tests.helpers.plain import stream
+from tests.helpers.small import Small
 from tests.helpers.trainers import QUIET
 
-STEPS = 15
+STEPS = 10
 
 
 class Harm(L.Callback):
@@ -50,7 +51,7 @@ def main(folder: Path, harm_after: int) -> None:
     seen = Seen()
     options = {**QUIET, "callbacks": [Harm(folder, harm_after), seen], "max_epochs": 1}
     trainer = L.Trainer(strategy=strategy, devices=workers, **options)
-    module = Classifier()
+    module = Small()
     trainer.fit(module, stream(trainer.global_rank, STEPS))
     result = {"state": module.state_dict(), "steps": seen.steps}
     torch.save(result, folder / f"result-{trainer.global_rank}.pt")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from tests.helpers.plain import CLASSES, Classifier
+from tests.helpers.plain import CLASSES, Classifier, make_net
 
 WIDTH = 8
 
@@ -40,13 +40,30 @@ def small_blocks(seed: int = 7) -> nn.Sequential:
     return net
 
 
+def small_net(face: str, seed: int = 7) -> nn.Module:
+    """A network that the strategy ``face`` can divide: small blocks, or for IST the "chain"."""
+    return make_net("chain", seed) if face == "ist" else small_blocks(seed)
+
+
 class Small(Classifier):
-    """A classifier that the strategy ``face`` can divide: of small blocks, or for IST the "chain"."""
+    """A classifier with a `small_net`."""
 
     def __init__(self, face: str = "resist", seed: int = 7, optimizer: str = "sgd") -> None:
         super().__init__("chain", seed, optimizer)
-        if face != "ist":
-            self.net = small_blocks(seed)
+        self.face = face
+        self.net = small_net(face, seed)
+
+
+class LateSmall(Small):
+    """The same, whose network is made in ``configure_model``."""
+
+    def __init__(self, face: str = "resist") -> None:
+        super().__init__(face)
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = small_net(self.face)
 
 
 class Bottlenecks(Classifier):

@@ -10,30 +10,31 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.plain import Classifier, Late, held_out, make_net, stream
-from tests.helpers.trainers import fit, kind_for, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.plain import held_out, stream
+from tests.helpers.small import LateSmall, Small, small_net
+from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
 
 
-class ByParts(Late):
+class ByParts(LateSmall):
     """Built on the meta device, so that its parts initialise themselves; all workers get worker 0's values."""
 
     def configure_model(self) -> None:
         with torch.device("meta"):
-            self.net = make_net(self.hparams["kind"])
+            self.net = small_net(self.face)
 
 
-class Reads(Late):
+class Reads(LateSmall):
     """Reads a weight while it is built."""
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.largest = float(self.net.stem.weight.max())
+        self.largest = float(self.net.stem[1].weight.max())
 
 
 def late_trained(worker: int, face: str, folder: str) -> dict[str, Any]:
     """Train modules that are built late; returns their weights, and notes made on the way."""
-    path, kind = Path(folder) / "late.ckpt", kind_for(face)
+    path = Path(folder) / face / "late.ckpt"
     found: dict[str, Any] = {}
     sanity: list[bool] = []
 
@@ -45,30 +46,40 @@ def late_trained(worker: int, face: str, folder: str) -> dict[str, Any]:
             if batch_idx == 4:
                 trainer.save_checkpoint(path)
 
-    class Draws(Late):
+    class Draws(LateSmall):
         def configure_model(self) -> None:
             super().configure_model()
             nn.Linear(4, 4)  # draws random numbers if it is built with values
 
-    module = Draws(kind)
+    torch.manual_seed(0)
+    module = Draws(face)
     validated = {"val_dataloaders": held_out(worker), "num_sanity_val_steps": 2, "callbacks": [Saves()]}
     trainer = fit(worker, module, 8, make_strategy(face), **validated)
     found["whole"], found["drawn"] = clone_state(module), float(torch.rand(1))
     assert (sanity, trainer.num_sanity_val_steps) == ([], 2)
-    for name, made in (("resumed", Late(kind)), ("resumed by parts", ByParts(kind))):
+    for name, made in (("resumed", LateSmall(face)), ("resumed by parts", ByParts(face))):
         made_trainer = make_trainer(make_strategy(face), max_epochs=1)
         made_trainer.fit(made, stream(worker, 8), ckpt_path=path)
         found[name] = clone_state(made)
-    parts, whole = ByParts(kind), Classifier(kind)
+    parts, whole = ByParts(face), Small(face)
     for name, made in (("by parts", parts), ("built whole", whole)):
         fit(worker, made, 8, make_strategy(face))
         found[name] = clone_state(made)
     return found
 
 
+def both_late_trained(worker: int, folder: str) -> dict[str, dict[str, Any]]:
+    return {face: late_trained(worker, face, folder) for face in ("resist", "ist")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return run_trainers(both_late_trained, 2, str(tmp_path_factory.mktemp("late")))
+
+
 @pytest.mark.parametrize("face", ["resist", "ist"])
-def test_what_is_built_late_resumes_exactly_and_needs_no_sanity_check(face: str, tmp_path: Path) -> None:
-    results = run_trainers(late_trained, 2, face, str(tmp_path))
+def test_what_is_built_late_resumes_exactly_and_needs_no_sanity_check(face: str, trained: list[dict[str, Any]]) -> None:
+    results = [of_worker[face] for of_worker in trained]
     for found in results:
         for name in ("resumed", "resumed by parts", "built whole"):
             assert_equal_states(found[name], found["whole"], exactly=True)
@@ -76,7 +87,7 @@ def test_what_is_built_late_resumes_exactly_and_needs_no_sanity_check(face: str,
         assert_equal_states(found["by parts"], results[0]["by parts"], exactly=True)
 
 
-class WithBias(Late):
+class WithBias(LateSmall):
     """Has a parameter of its own, whose value only this code knows."""
 
     def configure_model(self) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from resist_lightning import CheckpointError, Config, NeuronConfig, NeuronSimulator, WorkerLost
 from resist_lightning.checkpoint.snapshots import SnapshotFolder
-from tests.helpers.plain import Classifier, stream
+from tests.helpers.plain import stream
 from tests.helpers.programs import run_torchrun
 from tests.helpers.restarted import STEPS, main
+from tests.helpers.small import Small
 from tests.helpers.trainers import (
-    kind_for,
     make_strategy,
     make_trainer,
     run_trainers,
@@ -30,8 +30,8 @@ from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import Noisy, Terminates, loader_of
 
 State = dict[str, Tensor]
-EPOCH = 20
-STOP = 14  # in round 4: the newest snapshot is that of round 4, after 12 steps
+EPOCH = 14
+STOP = 11  # in round 3: the newest snapshot is that of round 3, after 9 steps
 
 
 class Stops(L.Callback):
@@ -47,7 +47,7 @@ class Stops(L.Callback):
 
 def train(worker: int, snapshots: str, options: dict[str, Any], ckpt_path: str | None = None, stop: int = 0) -> State:
     L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
-    module = Noisy(seed=7 if ckpt_path is None else 8, kind=kind_for(**options))
+    module = Noisy(seed=7 if ckpt_path is None else 8, face=options.get("face", "resist"))
     strategy = make_strategy(snapshots=snapshots, **options)
     trainer = make_trainer(strategy, max_epochs=3, callbacks=[Stops(stop)] if stop else [])
     try:
@@ -57,28 +57,39 @@ def train(worker: int, snapshots: str, options: dict[str, Any], ckpt_path: str |
     return clone_state(module) if not stop else {}
 
 
-def unbroken_stopped_and_resumed(worker: int, folder: str, options: dict[str, Any]) -> tuple[State, State]:
-    unbroken = train(worker, f"{folder}/unbroken", options)
-    train(worker, f"{folder}/stopped", options, stop=STOP)
-    return unbroken, train(worker, f"{folder}/stopped", options, ckpt_path=f"{folder}/stopped")
+CASES: dict[str, dict[str, Any]] = {
+    "momentum that travels, int2": {"momentum": "travel", "wire": "int2"},
+    "local SGD, every third round, overlap": {"face": "local_sgd", "snapshot_every_n_rounds": 3, "overlap": 2},
+    "IST, momentum that travels": {"face": "ist", "momentum": "travel"},
+}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        *({"momentum": "travel", "wire": "int2"}, {"face": "local_sgd"}, {"snapshot_every_n_rounds": 3, "overlap": 2}),
-        {"face": "ist", "momentum": "travel"},
-    ],
-    ids=["momentum that travels, int2", "local SGD", "every third round, overlap", "IST, momentum that travels"],
-)
-def test_a_run_resumed_from_its_snapshots_is_the_unbroken_run(options: dict[str, Any], tmp_path: Path) -> None:
-    for unbroken, resumed in run_trainers(unbroken_stopped_and_resumed, 2, str(tmp_path), options):
+def unbroken_stopped_and_resumed(worker: int, folder: str) -> dict[str, tuple[State, State]]:
+    found = {}
+    for name, options in CASES.items():
+        own = f"{folder}/{name}"
+        unbroken = train(worker, f"{own}/unbroken", options)
+        train(worker, f"{own}/stopped", options, stop=STOP)
+        found[name] = unbroken, train(worker, f"{own}/stopped", options, ckpt_path=f"{own}/stopped")
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, tuple[State, State]]]]:
+    folder = tmp_path_factory.mktemp("cases")
+    return folder, run_trainers(unbroken_stopped_and_resumed, 2, str(folder))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_resumed_from_its_snapshots_is_the_unbroken_run(name: str, trained: tuple[Path, Any]) -> None:
+    for found in trained[1]:
+        unbroken, resumed = found[name]
         assert_equal_states(resumed, unbroken, exactly=True)
-    assert not (tmp_path / "stopped").exists()  # the run has come to its end
+    assert not (trained[0] / name / "stopped").exists()  # the run has come to its end
 
 
 def stopped(worker: int, folder: str, face: str = "resist") -> None:
-    module = Classifier(kind_for(face))
+    module = Small(face)
     trainer = make_trainer(make_strategy(face, snapshots=folder), max_epochs=1, callbacks=[Stops(STOP)])
     # A worker that raises later than the others gets their error.
     with pytest.raises((KeyError, WorkerLost)):
@@ -86,9 +97,9 @@ def stopped(worker: int, folder: str, face: str = "resist") -> None:
 
 
 def resumed(worker: int, folder: str, face: str = "resist") -> State:
-    module = Classifier(kind_for(face), seed=1)
+    module = Small(face, seed=1)
     strategy = make_strategy(face, snapshots=folder)
-    make_trainer(strategy, max_epochs=1).fit(module, stream(worker, EPOCH, start=12), ckpt_path=folder)
+    make_trainer(strategy, max_epochs=1).fit(module, stream(worker, EPOCH, start=9), ckpt_path=folder)
     return clone_state(module)
 
 
@@ -112,12 +123,12 @@ def break_file(path: Path) -> None:
 
 
 def test_only_the_newest_two_rounds_are_kept_and_a_broken_newest_falls_back(snapshots: Path) -> None:
-    assert [snapshot.round for snapshot in SnapshotFolder(snapshots).newest_first()] == [4, 3]
+    assert [snapshot.round for snapshot in SnapshotFolder(snapshots).newest_first()] == [3, 2]
 
     break_file(SnapshotFolder(snapshots).newest_first()[0].files[1])
     rounds = run_trainers(begun_in_round, 2, str(snapshots))
 
-    assert rounds == [3, 3]
+    assert rounds == [2, 2]
 
 
 def begun_in_round(worker: int, folder: str) -> int:
@@ -127,9 +138,9 @@ def begun_in_round(worker: int, folder: str) -> int:
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             rounds.append(trainer.strategy.engine.clock.round)
 
-    module = Classifier(seed=1)
+    module = Small(seed=1)
     trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Notes()])
-    trainer.fit(module, stream(worker, EPOCH, start=9), ckpt_path=folder)
+    trainer.fit(module, stream(worker, EPOCH, start=6), ckpt_path=folder)
     return int(rounds[0])
 
 
@@ -139,22 +150,24 @@ def test_where_no_round_is_whole_all_workers_say_so(snapshots: Path) -> None:
 
     for outcome in run_trainers_to_the_end(resumed, 2, str(snapshots)):
         assert isinstance(outcome.error, CheckpointError)
-        assert "no snapshot that all workers can read; rounds: worker 0 [3, 4]; worker 1 none" in str(outcome.error)
+        assert "no snapshot that all workers can read; rounds: worker 0 [2, 3]; worker 1 none" in str(outcome.error)
 
 
-@pytest.mark.parametrize(("face", "workers"), [("resist", 1), ("resist", 4), ("ist", 2)])
-def test_other_workers_go_on_from_what_all_had(face: str, workers: int, tmp_path: Path) -> None:
-    folder = tmp_path / "snapshots"
-    run_trainers(stopped, 3, str(folder), face)
+@pytest.mark.parametrize(("face", "before", "after"), [("resist", 2, 1), ("resist", 2, 3), ("ist", 3, 2)])
+def test_other_workers_go_on_from_what_all_had(face: str, before: int, after: int, snapshots: Path) -> None:
+    folder = snapshots
+    if face == "ist":
+        folder = snapshots.with_name("ist")
+        run_trainers(stopped, before, str(folder), face)
 
-    results = run_trainers(resumed, workers, str(folder), face)
+    results = run_trainers(resumed, after, str(folder), face)
 
     config = NeuronConfig(local_steps=3) if face == "ist" else Config(local_steps=3, min_blocks=1)
-    module = Classifier(kind_for(face))
-    before = train_in_one_process(module, config, 3, 12)  # to the border of round 4
-    module.load_state_dict(full_state(before))
-    after = train_in_one_process(module, config, workers, EPOCH - 12, first_step=12)
-    expected = after.full_model().state_dict()
+    module = Small(face)
+    begun = train_in_one_process(module, config, before, 9)  # to the border of round 3
+    module.load_state_dict(full_state(begun))
+    expected = train_in_one_process(module, config, after, EPOCH - 9, first_step=9).full_model().state_dict()
+    assert len(results) == after
     for state in results:
         assert_equal_states(state, results[0], exactly=True)
         # Batch norm is re-estimated on the batches since the restart, the simulator's on the last eight.
@@ -171,7 +184,7 @@ def full_state(simulator: Any) -> State:
 
 
 def starts_anew(worker: int, folder: str) -> None:
-    make_trainer(make_strategy(snapshots=folder), max_epochs=1).fit(Classifier(), stream(worker, EPOCH))
+    make_trainer(make_strategy(snapshots=folder), max_epochs=1).fit(Small(), stream(worker, EPOCH))
 
 
 def test_a_new_run_does_not_write_over_the_snapshots_of_a_broken_one(snapshots: Path) -> None:
@@ -193,7 +206,7 @@ def test_what_else_is_in_the_folder_stays_when_the_run_has_come_to_its_end(tmp_p
 
 def ends_by_a_signal(worker: int, folder: str) -> None:
     trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Terminates(7)])
-    trainer.fit(Classifier(), stream(worker, 8))
+    trainer.fit(Small(), stream(worker, 8))
 
 
 def test_snapshots_stay_where_a_signal_of_the_last_round_ends_the_program(tmp_path: Path) -> None:
@@ -212,7 +225,7 @@ class Odd(L.Callback):
 
 def keeps_an_object(worker: int, folder: str) -> None:
     trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Odd()])
-    trainer.fit(Classifier(), stream(worker, EPOCH))
+    trainer.fit(Small(), stream(worker, EPOCH))
 
 
 def test_what_could_not_be_loaded_again_is_refused_when_the_first_snapshot_is_written(tmp_path: Path) -> None:
@@ -234,7 +247,7 @@ def test_torchrun_starts_killed_workers_again_and_the_run_goes_on_by_itself(
     said = run_torchrun(main, tmp_path, harm_after, max_restarts=1)
 
     results = [torch.load(tmp_path / f"result-{worker}.pt", weights_only=True) for worker in (0, 1)]
-    simulator = train_in_one_process(Classifier(), Config(local_steps=3, min_blocks=1), 2, STEPS)
+    simulator = train_in_one_process(Small(), Config(local_steps=3, min_blocks=1), 2, STEPS)
     assert (tmp_path / "harmed").exists(), said
     for result in results:
         assert result["steps"][0] == first_step, said  # after the snapshot of round 2, or anew
