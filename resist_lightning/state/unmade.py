@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.state.memory import replace_memory
+from resist_lightning.state.random_state import random_numbers_apart
 
 
 def is_unmade(module: nn.Module) -> bool:
@@ -37,9 +38,16 @@ def allocate(tensors: dict[str, Tensor], device: torch.device) -> None:
 def initialise(module: nn.Module, device: torch.device) -> None:
     """Make a module that has no memory, as Lightning's FSDP does: by ``reset_parameters`` of each part, in order.
 
+    The global generators stay where they are: the other workers, which get the values, draw nothing.
+
     Raises:
         ValueError: if a part with tensors has no such method, as only its ``__init__`` knows their values.
     """
+    with random_numbers_apart():
+        _initialise(module, device)
+
+
+def _initialise(module: nn.Module, device: torch.device) -> None:
     for name, child in module.named_modules():
         own = {**dict(child.named_parameters(recurse=False)), **dict(child.named_buffers(recurse=False))}
         if not any(tensor.is_meta for tensor in own.values()):

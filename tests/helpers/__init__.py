@@ -2,5 +2,5 @@
 
 import torch
 
-# Preparing oneDNN takes longer than computing the small convolutions of tests: a local step takes half the time without.
+# Preparing oneDNN takes longer than computing the small convolutions of tests: without it a step takes half the time.
 torch.backends.mkldnn.set_flags(False)

@@ -51,7 +51,6 @@ def late_trained(worker: int, face: str, folder: str) -> dict[str, Any]:
             super().configure_model()
             nn.Linear(4, 4)  # draws random numbers if it is built with values
 
-    torch.manual_seed(0)
     module = Draws(face)
     validated = {"val_dataloaders": held_out(worker), "num_sanity_val_steps": 2, "callbacks": [Saves()]}
     trainer = fit(worker, module, 8, make_strategy(face), **validated)

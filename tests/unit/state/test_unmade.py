@@ -84,7 +84,7 @@ def test_worker_0_makes_the_values_as_the_parts_themselves_do():
         made = net()
     torch.manual_seed(3)
     initialise(made, CPU)
-    torch.manual_seed(3)
+    # Nothing was drawn for the training: other workers make no values, and must draw the same afterwards.
     for (name, tensor), expected in zip(named_tensors(made).items(), named_tensors(net()).values(), strict=True):
         assert torch.equal(tensor, expected), name
     assert present_device(made) == CPU
