@@ -51,7 +51,7 @@ QUIET: dict[str, Any] = {
 """Options that turn off a Trainer's defaults, which are tested where they matter."""
 
 
-def run_trainers(target: Callable[..., Any], workers: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_trainers(target: Callable[..., Any], workers: int, *args: Any, timeout: float = 100.0) -> list[Any]:
     """Call ``target(worker, *args)`` in ``workers`` processes that are set up for a Trainer; see ``run_workers``."""
     return run_workers(_with_environment, workers, target, args, timeout=timeout)
 
