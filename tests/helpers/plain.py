@@ -62,7 +62,7 @@ def make_net(kind: str = "preact", seed: int = 7) -> nn.Module:
         raise ValueError(f"kind={kind!r} is unknown")
 
 
-class SmallBlock(nn.Module):
+class ConvBlock(nn.Module):
     """A residual block of one convolution, which declares where its branch ends."""
 
     residual_branch_end = "conv"
@@ -83,7 +83,7 @@ class OneSection(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.section3 = nn.Sequential(*(SmallBlock() for _ in range(5)))
+        self.section3 = nn.Sequential(*(ConvBlock() for _ in range(5)))
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:

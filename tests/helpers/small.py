@@ -16,14 +16,14 @@ from tests.helpers.plain import CLASSES, Classifier, make_net
 WIDTH = 8
 
 
-class SmallBlock(nn.Module):
-    """A residual block with batch norm that declares where its branch ends."""
+class LinearBlock(nn.Module):
+    """A residual block of a batch norm and a linear layer, which declares where its branch ends."""
 
     residual_branch_end = "out"
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.out = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.out = nn.BatchNorm1d(width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(torch.relu(self.norm(x)))
@@ -35,7 +35,7 @@ def small_blocks(seed: int = 7) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net.add_module("stem", nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, WIDTH)))
-        net.add_module("body", nn.Sequential(*(SmallBlock() for _ in range(5))))
+        net.add_module("body", nn.Sequential(*(LinearBlock(WIDTH) for _ in range(5))))
         net.add_module("head", nn.Linear(WIDTH, CLASSES))
     return net
 
