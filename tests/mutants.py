@@ -60,7 +60,7 @@ MUTANTS = (
         "methods/resist/sync.py",
         "self.make_room(round)  # what is given to others goes before anything arrives",
         "pass",
-        ("tests/distributed/test_memory.py",),
+        ("tests/distributed/test_memory_at_start.py",),
     ),
     Mutant(
         "a worker's own file in its memory",
@@ -123,7 +123,7 @@ MUTANTS = (
         "methods/ist/parts.py",
         "+ sizes[name] > max(sizes.values()):",
         "+ sizes[name] > sum(sizes.values()):",
-        ("tests/unit/methods/ist/test_parts.py", "tests/distributed/test_memory.py"),
+        ("tests/unit/methods/ist/test_parts.py", "tests/distributed/test_memory_at_start.py"),
     ),
     Mutant(
         "a row is lost where a message is divided",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,102 +12,26 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
     IterableDataset,
-    SequentialSampler,
     Subset,
     default_collate,
-    get_worker_info,
 )
-from torch.utils.data.datapipes.iter import IterableWrapper
 from torchvision.transforms import v2
 
 from resist_lightning.state.random_state import random_state
-from resist_lightning.strategies.data.seeded_loader import SeededDataset, seed_loader, unseed_loader
+from tests.helpers.augmented import (
+    SAMPLES,
+    Augmented,
+    Batched,
+    Columns,
+    Order,
+    Stream,
+    by_index,
+    drawn,
+    draws,
+    seeded,
+)
 from tests.helpers.processes import PRELOADED
-
-SAMPLES = 8
-
-
-class Augmented(Dataset[Any]):
-    """Images that v2 transforms, NumPy and Python change at random; ``index`` is the sample's index."""
-
-    transform = v2.Compose([v2.RandomCrop(4, padding=1), v2.RandomHorizontalFlip(), v2.GaussianNoise()])
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = torch.arange(16.0).reshape(1, 4, 4) / 16 + index
-        return {
-            "index": index,
-            "image": self.transform(image),
-            "noise": torch.tensor([np.random.rand(), random.random(), float(torch.rand(()))], dtype=torch.float64),
-        }
-
-
-class Batched(Augmented):
-    """A data set from which torch fetches whole batches."""
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return [self[index] for index in indices]
-
-
-class Columns(Augmented):
-    """A data set that collates batches itself."""
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        return {"index": torch.tensor(indices), "noise": torch.rand(len(indices))}
-
-
-class Stream(IterableDataset[Any]):
-    """A stream of items that it shuffles and changes at random, split between its loader processes."""
-
-    def __iter__(self) -> Iterator[Tensor]:
-        info = get_worker_info()
-        items = list(range(SAMPLES))[info.id :: info.num_workers] if info else list(range(SAMPLES))
-        random.shuffle(items)
-        for item in items:
-            yield torch.tensor([item, float(torch.rand(())), np.random.rand()], dtype=torch.float64)
-
-
-class Order:
-    """A sampler with an order of its own."""
-
-    def __init__(self, order: Sequence[Any]) -> None:
-        self.order = order
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.order)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-
-def seeded(
-    dataset: Any = None, epoch: Callable[[], int] = lambda: 0, *, seed: int = 3, stream: int = 0, **options: Any
-) -> DataLoader[Any]:
-    frozen = options.pop("frozen", False)
-    loader = DataLoader(dataset or Augmented(), **{"batch_size": 4, **options})
-    twin = seed_loader(loader, seed, epoch, stream=stream, frozen=frozen)
-    assert isinstance(twin, DataLoader)
-    return twin
-
-
-def by_index(batches: Any) -> dict[int, list[float]]:
-    """The random draws for each sample: its image and numbers."""
-    return {
-        int(index): [*image.flatten().tolist(), *noise.tolist()]
-        for batch in list(batches)
-        for index, image, noise in zip(batch["index"], batch["image"], batch["noise"], strict=True)
-    }
-
-
-def drawn(loader: Any) -> list[Any]:
-    return [batch.tolist() for batch in loader]
-
 
 PROCESSES = [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}]
 
@@ -174,17 +97,6 @@ def test_the_callers_generators_stay_where_they_are(dataset: Any) -> None:
     assert before["python"] == after["python"]
     assert torch.equal(before["numpy"][1], after["numpy"][1])
     assert before["numpy"][2:] == after["numpy"][2:]
-
-
-def draws(samples: list[Any]) -> Any:
-    """A collate function that draws from all generators."""
-    return samples, torch.rand(()), np.random.rand(), random.random()
-
-
-def number_beside(samples: list[Any]) -> Any:
-    """A collate function that changes each sample's numbers."""
-    batch = default_collate(samples)
-    return {**batch, "noise": batch["noise"] + torch.rand(()) + np.random.rand() + random.random()}
 
 
 def test_the_callers_generators_stay_where_they_are_when_the_data_set_fails() -> None:
@@ -294,109 +206,3 @@ def test_an_epoch_that_is_fetched_again_from_its_middle_is_the_same() -> None:
 
     assert drawn(again[0]) == whole[0][1:]
     assert by_index(again[1]).items() <= whole[1].items()
-
-
-def test_samplers_of_batches_keep_their_order() -> None:
-    batches = [[7, 0], [3, 3, 1], [2]]
-    loader = seeded(batch_sampler=Order(batches), batch_size=1)
-    found = list(loader)
-
-    assert [batch["index"].tolist() for batch in found] == batches
-    assert by_index(found).items() <= by_index(seeded()).items()
-    assert torch.equal(found[1]["image"][0], found[1]["image"][1])
-
-
-def test_without_automatic_batches_a_sample_is_what_the_sampler_asks_for() -> None:
-    class Rows(Dataset[Any]):
-        def __getitem__(self, index: Any) -> Tensor:
-            return torch.rand(np.shape(index))
-
-    single = drawn(seeded(Rows(), batch_size=None, sampler=Order([4, 2, 4])))
-    assert single[0] == single[2] != single[1]
-    lists = BatchSampler(SequentialSampler(range(4)), 2, drop_last=False)
-    assert drawn(seeded(Rows(), batch_size=None, sampler=lists)) == drawn(
-        seeded(Rows(), batch_size=None, sampler=lists)
-    )
-
-
-def test_indices_of_other_libraries_are_the_same_samples() -> None:
-    orders = [[3, 1], np.array([3, 1]), torch.tensor([3, 1])]
-
-    assert len({str(by_index(seeded(sampler=Order(order)))) for order in orders}) == 1
-
-
-def test_the_users_loader_and_data_set_stay_as_they_are() -> None:
-    dataset = Augmented()
-    loader = DataLoader(dataset, batch_size=4)
-    before = dict(vars(loader))
-
-    twin: Any = seed_loader(loader, 0, lambda: 0)
-
-    assert vars(loader) == before
-    assert type(loader) is DataLoader
-    assert isinstance(twin, DataLoader)
-    assert twin.dataset.unseeded is dataset
-    assert twin.sampler is loader.sampler
-    assert unseed_loader(twin) is loader
-    assert unseed_loader(loader) is loader
-    assert len(twin) == 2
-    assert len(twin.dataset) == SAMPLES
-
-
-def test_attributes_of_the_data_set_are_read_and_set_through_the_seeded_one() -> None:
-    dataset = Augmented()
-    twin: Any = seeded(dataset)
-
-    assert twin.dataset.transform is dataset.transform
-    twin.dataset.transform = None
-    assert vars(dataset) == {"transform": None}
-    assert copy.deepcopy(twin).dataset.transform is None
-    with pytest.raises(AttributeError, match="no attribute 'absent'"):
-        twin.dataset.absent  # noqa: B018
-    with pytest.raises(TypeError, match="has no len"):
-        len(seeded(Stream()).dataset)  # type: ignore[arg-type]
-
-
-def test_a_loader_that_is_seeded_again_has_the_new_seed_only() -> None:
-    now = [0]
-    old = seeded(epoch=lambda: now[0], collate_fn=number_beside)
-    again: Any = seed_loader(old, 4, lambda: 0)
-
-    assert isinstance(again.dataset, SeededDataset)
-    assert isinstance(again.dataset.unseeded, Augmented)
-    assert by_index(again) == by_index(seeded(seed=4, collate_fn=number_beside))
-
-
-def test_a_loader_whose_processes_run_gets_new_ones() -> None:
-    loader = DataLoader(Augmented(), batch_size=4, num_workers=1, persistent_workers=True)
-    list(loader)
-
-    assert by_index(seed_loader(loader, 3, lambda: 0)) == by_index(seeded())
-
-
-def test_a_loader_of_the_users_own_class_stays_one() -> None:
-    class Own(DataLoader[Any]):
-        def __init__(self, kept: str) -> None:
-            super().__init__(Augmented(), batch_size=4)
-            self.kept = kept
-
-        def __iter__(self) -> Any:
-            return (batch for batch in super().__iter__())
-
-    twin: Any = seed_loader(Own("this"), 3, lambda: 1)
-
-    assert isinstance(twin, Own)
-    assert twin.kept == "this"
-    assert by_index(twin) == by_index(seeded(epoch=lambda: 1))
-
-
-def test_what_is_no_data_loader_is_returned_as_it_is() -> None:
-    batches = [torch.zeros(2)]
-
-    assert seed_loader(batches, 0, lambda: 0) is batches
-    assert unseed_loader(batches) is batches
-
-
-def test_data_pipes_are_refused() -> None:
-    with pytest.raises(ValueError, match="are a DataPipe, which deals its samples out over the workers"):
-        seeded(IterableWrapper([1, 2]))
