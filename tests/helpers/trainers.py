@@ -71,6 +71,16 @@ def run_cases(target: Callable[..., Any], cases: dict[Any, Any], folder: Path) -
     return results
 
 
+Training = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function and its arguments after the first, which is the number of the process."""
+
+
+def run_in_turn(trainings: dict[str, Training], processes: int) -> dict[str, list[Any]]:
+    """Call each training in the same processes, one after the other; returns the values of all processes by name."""
+    results = run_trainers(_in_turn, processes, trainings, timeout=100)
+    return {name: [of_process[name] for of_process in results] for name in trainings}
+
+
 def run_trainers_and_by_hand(
     target: Callable[..., Any], by_hand: Callable[..., Any], workers: int, *args: Any
 ) -> tuple[list[Any], list[Any]]:
@@ -201,6 +211,10 @@ def _each_case(worker: int, target: Callable[..., Any], cases: dict[Any, Any], f
         own.mkdir(exist_ok=True)  # shared with the other workers
         results[name] = target(worker, case, str(own))
     return results
+
+
+def _in_turn(process: int, trainings: dict[str, Training]) -> dict[str, Any]:
+    return {name: train(process, *args) for name, (train, args) in trainings.items()}
 
 
 def _by_hand_first(

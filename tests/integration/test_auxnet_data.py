@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from resist_lightning import WorkersDisagree
 from tests.helpers.auxnet import Pictures, fit_stages, pictures
 from tests.helpers.plain import BATCH_SIZE, Classifier
-from tests.helpers.trainers import run_trainers
+from tests.helpers.trainers import Training, run_in_turn
 
 CUTS = {"cuts": ["4"]}
 
@@ -318,7 +318,7 @@ def test_images_of_another_size_in_mid_training_are_refused_by_all(found: Found)
 
 # ------------------------------------------------------------------ trainings in the same two processes
 
-IN_TURN: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+IN_TURN: dict[str, Training] = {
     **{loader: (see, (loader,)) for loader in [*LOADERS, "endless"]},
     "stored guesses": (see, ("two loader processes", "al-store")),
     "stored guesses, a random collate function": (see_frozen_collate, ()),
@@ -331,12 +331,7 @@ IN_TURN: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 
 
-def in_turn(worker: int) -> dict[str, Any]:
-    return {name: train(worker, *args) for name, (train, args) in IN_TURN.items()}
-
-
 @pytest.fixture(scope="module")
 def found() -> Found:
     """The results of both workers, by training."""
-    first, second = run_trainers(in_turn, 2, timeout=100)
-    return {name: [first[name], second[name]] for name in IN_TURN}
+    return run_in_turn(IN_TURN, 2)

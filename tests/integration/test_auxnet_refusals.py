@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -16,7 +15,7 @@ from torch.nn import functional
 from resist_lightning import AuxNetStrategy, PartialModelError, StageSelectionError, WorkerLost
 from tests.helpers.auxnet import fit_stages, make_stages, pictures
 from tests.helpers.plain import Classifier, held_out
-from tests.helpers.trainers import QUIET, make_trainer, run_trainers
+from tests.helpers.trainers import QUIET, Training, make_trainer, run_in_turn
 from tests.helpers.training import assert_equal_states, clone_state
 
 CUTS = {"cuts": ["0"]}  # of a chain: the boundary is an image of 6 channels
@@ -274,7 +273,7 @@ def test_the_names_are_known_to_the_trainer() -> None:
 
 # ------------------------------------------------------------------ trainings in the same two processes
 
-IN_TURN: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+IN_TURN: dict[str, Training] = {
     **{f"input {which}": (no_such_input, (which,)) for which in INPUTS},
     "own auxiliary network": (with_factory, (Small,)),
     "auxiliary network of another shape": (with_wrong_shape, ()),
@@ -283,12 +282,7 @@ IN_TURN: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 
 
-def in_turn(worker: int) -> dict[str, Any]:
-    return {name: train(worker, *args) for name, (train, args) in IN_TURN.items()}
-
-
 @pytest.fixture(scope="module")
 def found() -> Found:
     """The results of both workers, by training."""
-    first, second = run_trainers(in_turn, 2)
-    return {name: [first[name], second[name]] for name in IN_TURN}
+    return run_in_turn(IN_TURN, 2)

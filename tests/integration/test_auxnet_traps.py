@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.nn import functional
 from resist_lightning import ResISTStrategy, WorkersDisagree
 from tests.helpers.auxnet import LATE, SERIAL, fit_stages, in_order, make_stages, pictures
 from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier
-from tests.helpers.trainers import make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.trainers import make_trainer, run_in_turn, run_trainers, run_trainers_to_the_end
 from tests.integration.test_auxnet import HeadOutside
 
 CUTS = {"cuts": ["4"]}
@@ -273,7 +272,7 @@ def test_a_module_that_is_compiled_trains(found: Found) -> None:
 
 # ------------------------------------------------------------------ trainings in the same two processes
 
-IN_TURN: dict[str, Callable[[int, Path], Any]] = {
+IN_TURN = {
     "factories": with_each_factory,
     "new samples": few_of_many,
     "one sample": one_left,
@@ -283,12 +282,8 @@ IN_TURN: dict[str, Callable[[int, Path], Any]] = {
 }
 
 
-def in_turn(worker: int, folder: Path) -> dict[str, Any]:
-    return {name: train(worker, folder) for name, train in IN_TURN.items()}
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """The results of both workers, by training."""
-    first, second = run_trainers(in_turn, 2, tmp_path_factory.mktemp("traps"))
-    return {name: [first[name], second[name]] for name in IN_TURN}
+    folder = tmp_path_factory.mktemp("traps")
+    return run_in_turn({name: (train, (folder,)) for name, train in IN_TURN.items()}, 2)

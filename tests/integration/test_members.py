@@ -24,7 +24,7 @@ from resist_lightning import (
     WorkersDisagree,
 )
 from tests.helpers.plain import Classifier, batch_of, stream
-from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
+from tests.helpers.trainers import make_strategy, make_trainer, run_in_turn, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, SavesAt, unbroken_and_resumed
 from tests.integration.test_snapshots import Stops
@@ -305,12 +305,8 @@ IN_TURN: dict[str, Callable[[int, Path], Any]] = {
 }
 
 
-def in_turn(rank: int, folder: Path) -> dict[str, Any]:
-    return {name: train(rank, folder) for name, train in IN_TURN.items()}
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """The results of all processes, by training."""
-    results = run_trainers(in_turn, 4, tmp_path_factory.mktemp("members"), timeout=100)
-    return {name: [of_rank[name] for of_rank in results] for name in IN_TURN}
+    folder = tmp_path_factory.mktemp("members")
+    return run_in_turn({name: (train, (folder,)) for name, train in IN_TURN.items()}, 4)
