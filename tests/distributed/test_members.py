@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import pytest
@@ -20,9 +19,8 @@ from resist_lightning.comm.mean import start_mean
 from resist_lightning.comm.members import default_collective, split_into_workers
 from resist_lightning.comm.members import members as members_of_this
 from resist_lightning.comm.replicas import Replicas
-from tests.helpers.nets import Normed
 from tests.helpers.processes import run_workers
-from tests.helpers.training import Run, assert_equal_states, batch_of, clone_state, make_model, make_optimizer
+from tests.helpers.training import Run, SmallRun, assert_equal_states, batch_of, clone_state, make_model, make_optimizer
 
 
 def verbs(rank: int, members: int, size: int) -> dict[str, Any]:
@@ -93,21 +91,19 @@ def test_the_verbs_give_what_single_processes_get(workers: int, members: int, si
         assert (total["hand_over"], total["state"]) == (others * 8 * size, others * 8)
 
 
-Small = partial(Run, net=Normed)
-
 RUNS = {
-    "two of two": (2, 2, Small(Config(local_steps=3, min_blocks=1), steps=5, observe_at=(3,))),
+    "two of two": (2, 2, SmallRun(Config(local_steps=3, min_blocks=1), steps=5, observe_at=(3,))),
     "two of three, travel, outer": (
         2,
         3,
-        Small(Config(local_steps=2, min_blocks=3, momentum="travel", outer="nesterov"), steps=5),
+        SmallRun(Config(local_steps=2, min_blocks=3, momentum="travel", outer="nesterov"), steps=5),
     ),
     "local SGD, int8": (
         2,
         2,
-        Small(Config(local_steps=2, blocks=[], batch_norm="running", wire="int8"), steps=5),
+        SmallRun(Config(local_steps=2, blocks=[], batch_norm="running", wire="int8"), steps=5),
     ),
-    "one worker of two": (1, 2, Small(Config(local_steps=2, min_blocks=1), steps=3)),
+    "one worker of two": (1, 2, SmallRun(Config(local_steps=2, min_blocks=1), steps=3)),
 }
 
 

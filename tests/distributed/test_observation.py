@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -16,10 +15,10 @@ from resist_lightning.methods.resist.bytes import observation_bytes
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.observed import observed
 from resist_lightning.schedule.transfers import plan_sync
-from tests.helpers.nets import Normed
 from tests.helpers.processes import run_workers
 from tests.helpers.training import (
     Run,
+    SmallRun,
     assert_equal_states,
     batch_of,
     clone_state,
@@ -31,20 +30,21 @@ from tests.helpers.training import (
 from tests.helpers.wire import collectives_so_far
 
 STEPS = 5
-Small = partial(Run, net=Normed)
 RUNS = {
-    "momentum travels": Small(Config(local_steps=3, min_blocks=2, momentum="travel"), steps=STEPS, optimizer="adamw"),
+    "momentum travels": SmallRun(
+        Config(local_steps=3, min_blocks=2, momentum="travel"), steps=STEPS, optimizer="adamw"
+    ),
     "another scale, running statistics": Run(
         Config(local_steps=3, min_blocks=0, batch_norm="running", test_scale=0.3), steps=STEPS
     ),
-    "fragments, warm-up, batch statistics": Small(
+    "fragments, warm-up, batch statistics": SmallRun(
         Config(local_steps=2, min_blocks=2, fragments=2, momentum="keep", warmup_rounds=1, batch_norm="batch"),
         steps=STEPS,
     ),
-    "first, fragments": Small(
+    "first, fragments": SmallRun(
         Config(local_steps=2, min_blocks=3, fragments=3, momentum="travel", evaluate_on="first"), steps=STEPS
     ),
-    "first, warm-up, int8, outer": Small(
+    "first, warm-up, int8, outer": SmallRun(
         Config(local_steps=2, min_blocks=1, warmup_rounds=1, wire="int8", outer="nesterov", evaluate_on="first"),
         steps=STEPS,
     ),
@@ -236,7 +236,7 @@ SIGHTS = {
 
 
 def see_after_one_step(worker: int) -> dict[str, dict[str, Tensor]]:
-    run = Small(Config(local_steps=5, min_blocks=3, batch_norm="running", test_scale=1.0), steps=1)
+    run = SmallRun(Config(local_steps=5, min_blocks=3, batch_norm="running", test_scale=1.0), steps=1)
     sights = {}
     for name, (make, count) in SIGHTS.items():
         model = make_model(run)
@@ -268,7 +268,7 @@ def seen_after_one_step() -> list[dict[str, dict[str, Tensor]]]:
 def test_whoever_wrote_the_weights_the_full_model_is_the_mean(seen_after_one_step, name):
     """A worker must not guess from its own view whether there is something to average."""
     make, _ = SIGHTS[name]
-    run = Small(Config(local_steps=5, min_blocks=3, batch_norm="running", test_scale=1.0), steps=1)
+    run = SmallRun(Config(local_steps=5, min_blocks=3, batch_norm="running", test_scale=1.0), steps=1)
     simulator = Simulator(make_model(run), make, run.config, 3)
     for number, worker in enumerate(simulator.workers):
         train_step(worker.module, worker.optimizers[0], batch_of(number, 0))
@@ -297,7 +297,7 @@ def observe_then_sync(worker: int, run: Run) -> list[tuple[dict[str, Tensor], di
 
 def test_what_is_seen_at_the_end_of_a_round_is_what_the_sync_makes_of_it_bit_for_bit() -> None:
     """Without scale and new statistics; blocks are merged at the same owner."""
-    run = Small(Config(local_steps=1, min_blocks=3, batch_norm="running", test_scale=1.0), steps=3)
+    run = SmallRun(Config(local_steps=1, min_blocks=3, batch_norm="running", test_scale=1.0), steps=3)
     for rounds in run_workers(observe_then_sync, 3, run):
         assert len(rounds) == 3
         for seen, synced in rounds:

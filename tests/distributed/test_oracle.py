@@ -16,6 +16,7 @@ from tests.helpers.nets import Normed, SomeBatches
 from tests.helpers.processes import run_workers
 from tests.helpers.training import (
     Run,
+    SmallRun,
     assert_equal_states,
     batch_of,
     clone_state,
@@ -26,8 +27,6 @@ from tests.helpers.training import (
     train_step,
 )
 
-Small = partial(Run, net=Normed)
-
 OUTER: dict[str, Any] = {"outer": "nesterov", "outer_rate": 0.5, "outer_momentum": 0.8}
 RUNS = {
     "three workers": (3, Run(Config(local_steps=2, min_blocks=1, seed=5), steps=7)),
@@ -37,9 +36,9 @@ RUNS = {
     ),
     "listed counts, one worker without a block": (
         3,
-        Small(Config(local_steps=2, blocks_per_worker=(0, 2, 3), warmup_rounds=1, momentum="travel"), steps=7),
+        SmallRun(Config(local_steps=2, blocks_per_worker=(0, 2, 3), warmup_rounds=1, momentum="travel"), steps=7),
     ),
-    "all blocks everywhere, keep": (2, Small(Config(local_steps=2, min_blocks=4, momentum="keep"), steps=5)),
+    "all blocks everywhere, keep": (2, SmallRun(Config(local_steps=2, min_blocks=4, momentum="keep"), steps=5)),
     "warm-up in which workers see different parts of blocks": (
         2,
         Run(Config(local_steps=1, min_blocks=1, blocks="body.*", warmup_rounds=6), steps=8, net=SomeBatches),
@@ -51,31 +50,33 @@ RUNS = {
     "travel with AdamW": (2, Run(Config(local_steps=2, min_blocks=1, momentum="travel"), steps=7, optimizer="adamw")),
     "bf16, running statistics, another scale": (
         2,
-        Small(Config(local_steps=3, min_blocks=1, batch_norm="running", test_scale=0.3, wire="bf16"), steps=7),
+        SmallRun(Config(local_steps=3, min_blocks=1, batch_norm="running", test_scale=0.3, wire="bf16"), steps=7),
     ),
     "int8": (4, Run(Config(local_steps=2, min_blocks=1, wire="int8"), steps=5)),
     "int6 with overlap, warm-up and travel": (
         3,
-        Small(Config(local_steps=2, min_blocks=3, wire="int6", warmup_rounds=1, momentum="travel"), steps=9),
+        SmallRun(Config(local_steps=2, min_blocks=3, wire="int6", warmup_rounds=1, momentum="travel"), steps=9),
     ),
-    "local SGD, int2": (3, Small(Config(local_steps=2, blocks=[], batch_norm="running", wire="int2"), steps=7)),
-    "frozen": (3, Small(Config(local_steps=2, min_blocks=3), steps=7, frozen=("body.2", "stem"))),
+    "local SGD, int2": (3, SmallRun(Config(local_steps=2, blocks=[], batch_norm="running", wire="int2"), steps=7)),
+    "frozen": (3, SmallRun(Config(local_steps=2, min_blocks=3), steps=7, frozen=("body.2", "stem"))),
     "listed counts, outer with overlap, warm-up and travel": (
         3,
-        Small(Config(local_steps=2, blocks_per_worker=(4, 2, 1), warmup_rounds=1, momentum="travel", **OUTER), steps=9),
+        SmallRun(
+            Config(local_steps=2, blocks_per_worker=(4, 2, 1), warmup_rounds=1, momentum="travel", **OUTER), steps=9
+        ),
     ),
     "warm-up, finish, int2, outer": (
         3,
-        Small(Config(local_steps=2, min_blocks=1, warmup_rounds=1, finish_rounds=1, wire="int2", **OUTER), steps=9),
+        SmallRun(Config(local_steps=2, min_blocks=1, warmup_rounds=1, finish_rounds=1, wire="int2", **OUTER), steps=9),
     ),
-    "growth, outer of its defaults": (3, Small(Config(local_steps=2, growth=[0.25, 0.6, 1], outer="nesterov"), 11)),
+    "growth, outer of its defaults": (3, SmallRun(Config(local_steps=2, growth=[0.25, 0.6, 1], outer="nesterov"), 11)),
     "int4, outer, frozen": (
         2,
-        Small(Config(local_steps=2, min_blocks=3, wire="int4", **OUTER), steps=7, frozen=("body.2",)),
+        SmallRun(Config(local_steps=2, min_blocks=3, wire="int4", **OUTER), steps=7, frozen=("body.2",)),
     ),
     "syncs beside the training, int8, outer, overlap, warm-up": (
         3,
-        Small(
+        SmallRun(
             Config(local_steps=3, overlap=2, min_blocks=3, wire="int8", momentum="keep", warmup_rounds=1, **OUTER),
             steps=10,
             observe_at=(4,),
@@ -83,9 +84,12 @@ RUNS = {
     ),
     "fragments, beside the training": (
         3,
-        Small(Config(local_steps=2, overlap=1, fragments=2, min_blocks=2), 9, observe_at=(3, 4)),
+        SmallRun(Config(local_steps=2, overlap=1, fragments=2, min_blocks=2), 9, observe_at=(3, 4)),
     ),
-    "DiLoCo": (2, Small(Config(local_steps=2, blocks=[], batch_norm="running", **OUTER), steps=7, optimizer="adamw")),
+    "DiLoCo": (
+        2,
+        SmallRun(Config(local_steps=2, blocks=[], batch_norm="running", **OUTER), steps=7, optimizer="adamw"),
+    ),
 }
 
 
@@ -128,7 +132,7 @@ def test_processes_train_what_the_simulator_trains(name: str, trained: dict[str,
 
 
 def test_one_worker_is_plain_training_with_momentum_restarts() -> None:
-    run = Small(Config(local_steps=3), steps=7)
+    run = SmallRun(Config(local_steps=3), steps=7)
     _, state = train_engine(0, run)
 
     model = make_model(run)

@@ -21,29 +21,27 @@ from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.nets import Normed
 from tests.helpers.processes import run_workers
-from tests.helpers.training import Run, batch_of, make_model, make_optimizer, train_step
+from tests.helpers.training import Run, SmallRun, batch_of, make_model, make_optimizer, train_step
 from tests.helpers.wire import Call, Quantizer, collectives_so_far, groups, sent_bytes
 
-Small = partial(Run, net=Normed)
-
 RUNS = {
-    "no overlap": Small(Config(local_steps=2, min_blocks=0), steps=6),
+    "no overlap": SmallRun(Config(local_steps=2, min_blocks=0), steps=6),
     "deeper": Run(Config(local_steps=2, min_blocks=0), steps=4, net=partial(Normed, blocks=8)),
-    "overlap, warm-up": Small(Config(local_steps=1, min_blocks=3, seed=3, warmup_rounds=1), steps=4),
-    "measuring": Small(Config(local_steps=1, min_blocks=1, blocks_per_worker="auto"), steps=5),
-    "travel with AdamW": Small(Config(local_steps=1, min_blocks=3, momentum="travel"), steps=3, optimizer="adamw"),
+    "overlap, warm-up": SmallRun(Config(local_steps=1, min_blocks=3, seed=3, warmup_rounds=1), steps=4),
+    "measuring": SmallRun(Config(local_steps=1, min_blocks=1, blocks_per_worker="auto"), steps=5),
+    "travel with AdamW": SmallRun(Config(local_steps=1, min_blocks=3, momentum="travel"), steps=3, optimizer="adamw"),
     "int8": Run(Config(local_steps=1, min_blocks=0, wire="int8"), steps=2),
-    "int6, overlap, warm-up, travel": Small(
+    "int6, overlap, warm-up, travel": SmallRun(
         Config(local_steps=1, min_blocks=3, wire="int6", warmup_rounds=2, momentum="travel"), steps=5
     ),
-    "bf16, frozen": Small(Config(local_steps=1, min_blocks=4, wire="bf16"), steps=3, frozen=("body.2", "stem")),
-    "outer, int2, frozen": Small(
+    "bf16, frozen": SmallRun(Config(local_steps=1, min_blocks=4, wire="bf16"), steps=3, frozen=("body.2", "stem")),
+    "outer, int2, frozen": SmallRun(
         Config(local_steps=1, min_blocks=1, wire="int2", outer="nesterov"), steps=4, frozen=("body.2",)
     ),
-    "travel, outer, finish": Small(
+    "travel, outer, finish": SmallRun(
         Config(local_steps=1, min_blocks=1, finish_rounds=2, momentum="travel", outer="nesterov"), steps=5
     ),
-    "growth, AdamW travels, outer": Small(
+    "growth, AdamW travels, outer": SmallRun(
         Config(local_steps=1, growth=[0.25, 0.6, 1], momentum="travel", outer="nesterov"), steps=6, optimizer="adamw"
     ),
     "fragments, warm-up, travel": Run(
@@ -52,7 +50,7 @@ RUNS = {
     "fragments, int8, outer": Run(
         Config(local_steps=1, min_blocks=2, fragments=2, wire="int8", outer="nesterov"), steps=3
     ),
-    "outer, local SGD": Small(Config(local_steps=1, blocks=[], batch_norm="running", outer="nesterov"), steps=2),
+    "outer, local SGD": SmallRun(Config(local_steps=1, blocks=[], batch_norm="running", outer="nesterov"), steps=2),
 }
 WITHOUT_OVERLAP = ("no overlap", "deeper")
 WITH_TWO_WORKERS = (*WITHOUT_OVERLAP, "overlap, warm-up", "int8", "growth, AdamW travels, outer", "outer, local SGD")

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from resist_lightning.models import PreActBlock, PreActResNet
-from tests.helpers.small import LinearBlock
+from tests.helpers.plain import LinearBlock
 
 
 def small_preact(**options: object) -> PreActResNet:

@@ -40,8 +40,8 @@ def preact() -> ModuleType:
 def make_net(kind: str = "preact", seed: int = 7) -> nn.Module:
     """A small network, the same in every process.
 
-    Its third section has five blocks (four that can be partitioned); a "small" one has no other section, and a
-    convolution in a block; a "chain" has 6, 12 and 9 hidden neurons.
+    Five blocks, of which four can be partitioned, are in the third section, the only one of a "small" network, or in
+    the body of "blocks"; a "chain" has 6, 12 and 9 hidden neurons.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -49,6 +49,12 @@ def make_net(kind: str = "preact", seed: int = 7) -> nn.Module:
             return preact().PreActResNet((1, 1, 5, 1), CLASSES, width_multiplier=1 / 16)
         if kind == "small":  # 3,000 parameters
             return OneSection()
+        if kind == "blocks":  # 2,000 parameters
+            net = nn.Sequential()
+            net.add_module("stem", nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 8)))
+            net.add_module("body", nn.Sequential(*(LinearBlock(8) for _ in range(5))))
+            net.add_module("head", nn.Linear(8, CLASSES))
+            return net
         if kind == "torchvision":  # 1 million parameters
             from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -60,6 +66,19 @@ def make_net(kind: str = "preact", seed: int = 7) -> nn.Module:
                 *(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, CLASSES)),
             )
         raise ValueError(f"kind={kind!r} is unknown")
+
+
+class LinearBlock(nn.Module):
+    """A residual block of a batch norm and a linear layer, which declares where its branch ends."""
+
+    residual_branch_end = "out"
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(functional.relu(self.norm(x)))
 
 
 class ConvBlock(nn.Module):

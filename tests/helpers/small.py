@@ -8,62 +8,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from tests.helpers.plain import CLASSES, Classifier, make_net
-
-WIDTH = 8
+from tests.helpers.plain import CLASSES, Classifier, Late
 
 
-class LinearBlock(nn.Module):
-    """A residual block of a batch norm and a linear layer, which declares where its branch ends."""
-
-    residual_branch_end = "out"
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.out = nn.BatchNorm1d(width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(torch.relu(self.norm(x)))
-
-
-def small_blocks(seed: int = 7) -> nn.Sequential:
-    """A stem, five blocks (``body.1`` to ``body.4`` can be partitioned) and a head, the same in every process."""
-    net = nn.Sequential()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net.add_module("stem", nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, WIDTH)))
-        net.add_module("body", nn.Sequential(*(LinearBlock(WIDTH) for _ in range(5))))
-        net.add_module("head", nn.Linear(WIDTH, CLASSES))
-    return net
-
-
-def small_net(face: str, seed: int = 7) -> nn.Module:
-    """A network that the strategy ``face`` can divide: small blocks, or for IST the "chain"."""
-    return make_net("chain", seed) if face == "ist" else small_blocks(seed)
+def small_kind(face: str) -> str:
+    """The network of `make_net` that the strategy ``face`` divides here."""
+    return "chain" if face == "ist" else "blocks"
 
 
 class Small(Classifier):
-    """A classifier with a `small_net`."""
+    """A classifier of a `small_kind`."""
 
     def __init__(self, face: str = "resist", seed: int = 7, optimizer: str = "sgd") -> None:
-        super().__init__("chain", seed, optimizer)
-        self.face = face
-        self.net = small_net(face, seed)
+        super().__init__(small_kind(face), seed, optimizer)
 
 
-class LateSmall(Small):
+class LateSmall(Late):
     """The same, whose network is made in ``configure_model``."""
 
     def __init__(self, face: str = "resist") -> None:
-        super().__init__(face)
-        del self.net
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "net"):
-            self.net = small_net(self.face)
+        super().__init__(small_kind(face))
 
 
 class Bottlenecks(Classifier):

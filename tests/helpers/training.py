@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from resist_lightning import Config, Engine, Simulator
 from resist_lightning.comm.collective import Collective
 from resist_lightning.models import PreActResNet
+from tests.helpers.nets import Normed
 from tests.helpers.threads import run_threads
 
 CLASSES = 4
@@ -35,6 +37,10 @@ class Run:
     observe_at: tuple[int, ...] = field(default=())
     decay: float = 1.0  # factor of the learning rate after each step
     net: Callable[[], nn.Module] | None = None  # another network than the usual one
+
+
+SmallRun = partial(Run, net=Normed)
+"""A run of a network that trains in a third of the time."""
 
 
 def make_model(run: Run) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.helpers.plain import held_out, stream
-from tests.helpers.small import LateSmall, Small, small_net
+from tests.helpers.small import LateSmall, Small
 from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
 
@@ -21,7 +21,7 @@ class ByParts(LateSmall):
 
     def configure_model(self) -> None:
         with torch.device("meta"):
-            self.net = small_net(self.face)
+            super().configure_model()
 
 
 class Reads(LateSmall):

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
 
 from resist_lightning import QSR, Config, PostLocal
 from resist_lightning.comm.collective import Collective
-from tests.helpers.nets import Normed
 from tests.helpers.strict_collective import run_strictly
 from tests.helpers.strict_groups import run_members_strictly
-from tests.helpers.training import Run, assert_equal_states, train_engine, train_simulator
-
-Small = partial(Run, net=Normed)
+from tests.helpers.training import Run, SmallRun, assert_equal_states, train_engine, train_simulator
 
 RUNS = {
     "overlap, warm-up and travel": (
         3,
-        Small(
+        SmallRun(
             Config(local_steps=2, blocks_per_worker=(4, 2, 1), warmup_rounds=1, momentum="travel"), 7, observe_at=(0, 3)
         ),
     ),
     "outer, int4, frozen": (
         2,
-        Small(Config(local_steps=2, min_blocks=3, wire="int4", outer="nesterov"), 5, frozen=("body.2",)),
+        SmallRun(Config(local_steps=2, min_blocks=3, wire="int4", outer="nesterov"), 5, frozen=("body.2",)),
     ),
     "growing rounds, finish, outer, travel": (
         3,
-        Small(
+        SmallRun(
             Config(
                 local_steps=PostLocal(1, 2, 3),
                 min_blocks=3,
@@ -45,17 +40,17 @@ RUNS = {
     ),
     "growth, int8": (
         3,
-        Small(Config(local_steps=1, growth=[0.3, 0.6, 1], wire="int8", warmup_rounds=1), 7, observe_at=(3,)),
+        SmallRun(Config(local_steps=1, growth=[0.3, 0.6, 1], wire="int8", warmup_rounds=1), 7, observe_at=(3,)),
     ),
     "rounds that follow the rate": (
         3,
-        Small(Config(local_steps=QSR(2, 0.09), min_blocks=3, warmup_rounds=1), 11, decay=0.9, observe_at=(4,)),
+        SmallRun(Config(local_steps=QSR(2, 0.09), min_blocks=3, warmup_rounds=1), 11, decay=0.9, observe_at=(4,)),
     ),
     "syncs beside the training, outer, int8": (
         3,
-        Small(Config(local_steps=3, overlap=2, min_blocks=3, wire="int8", outer="nesterov"), 7, observe_at=(1,)),
+        SmallRun(Config(local_steps=3, overlap=2, min_blocks=3, wire="int8", outer="nesterov"), 7, observe_at=(1,)),
     ),
-    "local SGD": (3, Small(Config(local_steps=2, blocks=[], batch_norm="running"), 5, observe_at=(2,))),
+    "local SGD": (3, SmallRun(Config(local_steps=2, blocks=[], batch_norm="running"), 5, observe_at=(2,))),
 }
 
 MEMBERS = {"outer, int4, frozen": 2, "local SGD": 2}
