@@ -92,7 +92,7 @@ class AuxNetStrategy(SubnetStrategy):
     mean over the batch. For evaluation, for checkpoints and after ``fit`` the module is the whole network, on every
     worker, without auxiliary networks.
 
-    Equations and defaults of guesses are derived from the paper's abstract; see docs/auxnet.md.
+    The equations of guesses are derived from the paper's abstract; see docs/auxnet.md.
     """
 
     strategy_name = "auxnet"

@@ -26,11 +26,12 @@ class ISTOptions(LocalTrainingOptions, NeuronConfig):
 class ISTStrategy(SubnetStrategy):
     """Independent subnets across the width of a fully connected network, one per worker (IST, arXiv 1910.02120).
 
-    Each round, the neurons of every hidden layer are dealt out to the workers; inputs and outputs go to all. Every
-    worker trains a network of full depth and 1 / workers of the width for ``local_steps`` steps without communicating;
-    then weights return to their place in the full model, and the neurons are dealt anew. Of a matrix between two hidden
-    layers a worker trains 1 / workers² of the entries; entries that nobody trains in a round are kept in the memory of
-    one worker's host. For evaluation, for checkpoints and after ``fit`` the module is the full model, on every worker.
+    Each round, the neurons of every hidden layer are dealt out to the workers; inputs and outputs go to all. With two
+    workers each neuron goes to one of them, with more to several, so that each worker has half (``min_share``). Every
+    worker trains a network of full depth and less width for ``local_steps`` steps without communicating; then copies of
+    a neuron are averaged, and the neurons are dealt anew. Of a matrix between two hidden layers a worker with a share p
+    of the neurons trains p² of the entries; entries that nobody trains in a round are kept in the memory of one
+    worker's host. For evaluation, for checkpoints and after ``fit`` the module is the full model, on every worker.
 
     The hidden layers are found in the module, which is not edited: `Linear`, norm, activation, dropout, `Linear` in any
     nesting, and convolutional chains, whose channels are neurons. For residual networks use ``strategy="resist"``.
