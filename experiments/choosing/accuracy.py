@@ -14,6 +14,7 @@ from experiments.ist.cases import TASKS
 from resist_lightning.methods.ist.config import HALF
 
 TITLES = {**residual.TITLES, "ist": "IST"}
+BASELINES = ("single", "ddp")
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,21 @@ class Study:
     rows: Rows
 
     def costs(self, workers: int) -> dict[str, Cost]:
-        """Costs by method: measured with so many workers; or with the next larger number, or with the largest."""
-        found = {}
+        """Costs by method, all measured with the same number of workers: costs of unequal numbers do not compare."""
+        measured = self._measured_with(workers)
+        found: dict[str, Cost] = {}
+        if measured is None:
+            return found
         for method in TITLES:
-            counts = sorted({row["case"]["workers"] for row in chosen(self.rows, method=method)})
-            if method in ("ddp", "single") or not counts:
-                continue
-            measured = next((count for count in counts if count >= workers), counts[-1])
-            points = self._below_ddp(method, measured)
+            points = [] if method in BASELINES else self._below_ddp(method, measured)
             if points:
                 found[method] = Cost(mean(points), self.name, measured, len(points))
         return found
+
+    def _measured_with(self, workers: int) -> int | None:
+        """The number of workers that stands for ``workers``: the same, the next larger one, or the largest."""
+        counts = sorted({row["case"]["workers"] for row in self.rows if row["case"]["method"] not in BASELINES})
+        return next((count for count in counts if count >= workers), counts[-1] if counts else None)
 
     def base(self, workers: int) -> int | None:
         """Number of workers of the DDP to compare with: the same, or the largest where that was not measured."""

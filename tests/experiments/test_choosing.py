@@ -198,7 +198,12 @@ def test_costs_are_means_over_the_seeds_that_ddp_has_too(tmp_path: Path) -> None
         ("resist", 2, 2, 10.0), ("resist", 8, 0, 80.0), ("single", 1, 0, 50.0),
     )  # fmt: skip
     (study,) = accuracy.residual_studies([folder])
+    # One method's cost with eight workers would look large beside the other's with two.
+    record(tmp_path / "more", ("ddp", 2, 0, 90.0), ("resist", 2, 0, 89.0), ("local_sgd", 8, 0, 80.0))
+    (more,) = accuracy.residual_studies([tmp_path / "more"])
 
+    assert more.costs(2).keys() == {"resist"}
+    assert more.costs(4).keys() == {"local_sgd"}
     assert study.costs(2) == {"resist": accuracy.Cost(2.0, folder.name, 2, 2)}
     # Three workers were not measured: the next larger number counts, against the DDP that was.
     assert study.costs(3) == study.costs(64) == {"resist": accuracy.Cost(10.0, folder.name, 8, 1)}
