@@ -15,7 +15,7 @@ from resist_lightning.checks.hashing import SAMPLED_SHARE, Hasher, as_numbers, t
 from resist_lightning.checks.header import Purpose
 from resist_lightning.checks.losses import FirstBadLoss, earliest
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.tensors import computable, is_continuous, named_tensors
+from resist_lightning.comm.tensors import computable, is_continuous, named_tensors, summable
 from resist_lightning.errors import NotFinite, WorkersDisagree, process_name
 from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.progress import Clock
@@ -46,16 +46,20 @@ class DivergenceChecks:
         self._round = 0
         self._masks: set[str] = set()
 
-    def begin(self) -> None:
-        """Note which buffers are not finite when training starts, such as masks of -inf: they are never checked.
+    def begin(self) -> list[Tensor]:
+        """Note masks: buffers with values, when training starts, whose sum over the workers is not finite.
 
         Collective: every worker must call this, in the same order.
+
+        Returns:
+            The masks, which are never checked.
         """
         present = {name: buffer for name, buffer in self._layout.module.named_buffers() if not buffer.is_meta}
-        masks = [name for name, buffer in present.items() if not _finite(buffer)]
+        masks = [name for name, buffer in present.items() if not _has_finite_sum(buffer, self._layout.workers)]
         # Of the others too: their parts may come to this worker.
         told = self._collective.gather_bytes(json.dumps(masks).encode())
         self._masks = {name for text in told for name in json.loads(text)}
+        return [buffer for name, buffer in self._layout.module.named_buffers() if name in self._masks]
 
     def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
         """Hash tensors that a sync has just made equal everywhere; the next handshake compares them. Sends nothing."""
@@ -237,6 +241,13 @@ def _number_of(names: Sequence[str]) -> float:
 
 def _finite(tensor: Tensor) -> bool:
     return bool(computable(tensor).isfinite().all())
+
+
+def _has_finite_sum(tensor: Tensor, workers: int) -> bool:
+    """Whether ``workers`` copies of a tensor have a finite sum."""
+    if not is_continuous(tensor.dtype):
+        return True
+    return _finite(summable(tensor) * workers)
 
 
 def _sums_not_finite(tensors: Sequence[Tensor]) -> list[bool]:

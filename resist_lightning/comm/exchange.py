@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resist_lightning.comm.bucket import Bucket, make_buckets
 from resist_lightning.comm.collective import Collective, Finish
-from resist_lightning.comm.mean import mean_at_first, mean_into, start_mean
+from resist_lightning.comm.mean import keep_finite, mean_at_first, mean_into, start_mean
 from resist_lightning.comm.packing import (
     by_dtype,
     copy_into,
@@ -33,7 +33,7 @@ from resist_lightning.schedule.transfers import SyncPlan, Transfer
 
 
 class Exchange:
-    """Packs tensors into flat buffers, and averages, merges and hands them over through a `Collective`.
+    """Packs tensors into flat buffers, and averages, merges and hands them over.
 
     Args:
         collective: the workers.
@@ -54,6 +54,7 @@ class Exchange:
         self.device = device
         self._wire = wire
         self._buckets: list[Bucket] = []
+        self.masks: list[Tensor] = []  # their sum may overflow; where it does, an average leaves them as they are
 
     def put_together(self, groups: Iterable[Iterable[Tensor]]) -> None:
         """Move tensors that are averaged together repeatedly into one buffer per group and data type.
@@ -89,6 +90,7 @@ class Exchange:
             A function that waits for the averages.
         """
         begun: list[Finish] = []
+        restore_masks = keep_finite(tensors, self.masks)
         for group in by_dtype(tensors).values():
             bucket = self._bucket_of(group)
             if bucket is not None:
@@ -103,6 +105,7 @@ class Exchange:
         def finish() -> None:
             for step in begun:
                 step()
+            restore_masks()
             self.normalise(tensors)
 
         return finish
@@ -117,6 +120,7 @@ class Exchange:
         Collective: every worker must call this, in the same order, with tensors of the same shapes.
         """
         first = self.collective.worker == 0
+        restore_masks = keep_finite(tensors, self.masks)
         for group in by_dtype(tensors).values():
             bucket = self._bucket_of(group)
             if bucket is not None:
@@ -128,6 +132,7 @@ class Exchange:
             elif first:
                 copy_into(group, split(flat, group))
         if first:
+            restore_masks()
             self.normalise(tensors)
 
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:

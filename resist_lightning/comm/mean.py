@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.packing import by_dtype, copy_into, flatten, split
-from resist_lightning.comm.tensors import sendable, summable
+from resist_lightning.comm.tensors import computable, sendable, summable
 
 
 def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequence[int] = ()) -> Finish:
@@ -117,7 +117,7 @@ def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
     received = [summable(other.to(own.device)) for other in others]
     if numbers.is_floating_point():
         # The mean as an offset from the own value, so that values equal everywhere (frozen) stay as they are.
-        offset = torch.stack([other - numbers for other in received]).sum(0)
+        offset = torch.stack([_difference(other, numbers) for other in received]).sum(0)
         numbers.add_(offset / (len(others) + 1))
     else:
         for other in received:
@@ -125,12 +125,36 @@ def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
     _write_back(numbers, own)
 
 
+def keep_finite(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> Finish:
+    """Prepare for an average of tensors in which the sum of a mask may overflow; sends nothing.
+
+    Returns:
+        A function for after the average: it restores the finite values of masks where they have become infinite.
+    """
+    known = set(map(id, masks))
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors if id(tensor) in known]
+
+    def restore() -> None:
+        for tensor, before in kept:
+            numbers, finite = computable(tensor.detach()), computable(before)
+            overflowed = finite.isfinite() & ~numbers.isfinite()
+            numbers.copy_(torch.where(overflowed, finite, numbers))
+            _write_back(numbers, tensor)
+
+    return restore
+
+
 def move_by(own: Tensor, start: Tensor, end: Tensor) -> None:
     """Add to ``own`` the difference between ``start`` and ``end``; none of them of integers."""
     own = own.detach()
     numbers = summable(own)
-    numbers.add_(summable(end) - summable(start))
+    numbers.add_(_difference(summable(end), summable(start)))
     _write_back(numbers, own)
+
+
+def _difference(end: Tensor, start: Tensor) -> Tensor:
+    """``end - start``; 0 where they are equal, and infinite too, as in a mask of -inf."""
+    return (end - start).masked_fill_(end == start, 0)
 
 
 def _write_back(numbers: Tensor, tensor: Tensor) -> None:

@@ -145,7 +145,7 @@ class Engine:
             self.sync.distribute_weights(self.clock.round)
         self.collective.connect()
         self.sync.connect()
-        self._handshake.divergence.begin()
+        self.sync.exchange.masks = self._handshake.divergence.begin()
         self.observation.start()
         self.sync.keep_own_parts(self.clock.round)
         # A file has the tensors of this worker's part, and the notes from the beginning of the round refer to them.

@@ -114,6 +114,8 @@ def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:
     if not is_continuous(values[0].dtype):
         return numbers.amax(0).to(values[0].dtype)
     mean = numbers.mean(0)
+    # A sum of large equal values overflows, such as those of a mask; workers do not average what is equal.
+    mean = torch.where(mean.isfinite() | (numbers != numbers[0]).any(0), mean, numbers[0])
     return torch.view_as_complex(mean) if values[0].is_complex() else mean.to(values[0].dtype)
 
 

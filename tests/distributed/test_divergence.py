@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning import Config, Engine, NotFinite, WorkersDisagree
-from tests.helpers.nets import Normed
+from tests.helpers.nets import LinearBlock, Normed
 from tests.helpers.processes import run_workers
 from tests.helpers.training import (
     Run,
@@ -179,19 +179,38 @@ def test_nan_and_infinity_are_caught_on_all_workers_with_worker_place_round_and_
             assert same, case
 
 
-def add_mask(model: nn.Module) -> None:
-    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+MASK = [0.0, -torch.inf, torch.finfo(torch.float32).min]
+# In all rounds each of these holds every block; the last one in turn sends a part.
+MASKED = {
+    "resist": RESIST,
+    "blocks with two holders": replace(RESIST, min_blocks=4),
+    "overlap": replace(OVERLAP, overlap=1),
+    "outer, fragments": replace(OVERLAP, outer="nesterov", fragments=2),
+}
 
 
-def play_mask(worker: int) -> list[float]:
-    engine, optimizer = engine_for(RESIST, add_mask)
-    train(engine, optimizer, worker, 5)
-    engine.finish()
-    return engine.module.mask.tolist()
+def add_masks(model: nn.Module) -> None:
+    for module in (model, *model.modules()):
+        if module is model or isinstance(module, LinearBlock):
+            module.register_buffer("mask", torch.tensor(MASK))
 
 
-def test_a_mask_of_minus_infinity_that_all_workers_share_trips_nothing():
-    assert run_workers(play_mask, 2) == [[0.0, -torch.inf]] * 2
+def play_masks(worker: int) -> dict[str, list[list[float]]]:
+    played = {}
+    for case, config in MASKED.items():
+        engine, optimizer = engine_for(config, add_masks)
+        train(engine, optimizer, worker, 7)
+        engine.finish()
+        played[case] = [buffer.tolist() for name, buffer in engine.module.named_buffers() if name.endswith("mask")]
+    return played
+
+
+def test_masks_stay_as_they_are_where_a_sum_of_them_would_not_be_finite():
+    for played in run_workers(play_masks, 2):
+        assert played.keys() == MASKED.keys()
+        for masks in played.values():
+            assert len(masks) > 3
+            assert masks == [MASK] * len(masks)
 
 
 # ------------------------------------------------------------------ left out of a round

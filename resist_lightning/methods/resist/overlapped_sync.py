@@ -120,6 +120,7 @@ class OverlappedSync(BlockSync):
         arriving = self.replicated_tensors(round + 1) if self._layout.workers > 1 else self._averaged(plan)
         self._transit = transit = Transit(arriving)
         transit.add(averaged)
+        self._beside.masks = transit.of(self.exchange.masks)
         # In this order, so that there are never three copies: an average of copies in one buffer needs no other.
         self._beside.put_together([transit.of(exact)])
         transit.keep_own(averaged)

@@ -57,6 +57,14 @@ def test_means_of_received_copies_are_summed_in_32_bits_too(dtype):
     assert own.tolist() == [256.0, 86.0]
 
 
+def test_infinite_values_that_are_equal_stay() -> None:
+    own, other = (torch.tensor([-torch.inf, torch.inf, value]) for value in (1.0, 3.0))
+    mean_into(own, [other, own.clone()])
+    assert own.tolist() == [-torch.inf, torch.inf, pytest.approx(5 / 3)]
+    move_by(own, start=other, end=other + 1)
+    assert own.tolist() == [-torch.inf, torch.inf, pytest.approx(8 / 3)]
+
+
 def test_what_a_sum_sends_is_as_wide_as_the_sum():
     sizes = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 4, torch.complex32: 8, torch.complex64: 8}
     assert {dtype: averaged_bytes(torch.empty(3, dtype=dtype, device="meta")) for dtype in sizes} == {
