@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from resist_lightning.comm.byte_formulas import all_reduce_bytes, share_of
 from resist_lightning.comm.collective import Collective, Finish, Meanwhile, Messages, do_nothing
+from resist_lightning.comm.tensors import sendable
 from resist_lightning.comm.torch_collective import GroupCollective
 
 
@@ -135,9 +136,10 @@ class MemberCollective(GroupCollective):
 
     @override
     def broadcast_inside(self, flat: Tensor, kind: str) -> None:
-        (wire,) = self._to_wire([flat])
+        flats = [sendable(flat)]
+        (wire,) = self._to_wire(flats)
         self._broadcast_inside(wire, kind)
-        self._from_wire([wire], [flat])
+        self._from_wire([wire], flats)
 
     @override
     def gather_inside(self, text: bytes) -> list[bytes]:

@@ -21,6 +21,7 @@ from resist_lightning.comm.byte_formulas import all_reduce_bytes
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.member_collective import MemberCollective
 from resist_lightning.comm.packing import pack, unpack
+from resist_lightning.comm.tensors import is_known_to_backends, same
 
 Result = TypeVar("Result")
 
@@ -137,9 +138,10 @@ class Replicas:
         if not trained:
             return None
         caller = _Caller(self._module, hidden=self._partial)
-        absent = [name for name, tensor in _named(caller) if tensor.is_meta]
-        # Not by DDP's own function, which marks the tensors too: they will be present in another round.
-        vars(caller)["_ddp_params_and_buffers_to_ignore"] = absent
+        # Absent ones, and those that DDP could not broadcast: their values are shared at each sync only.
+        ignored = [name for name, tensor in _named(caller) if tensor.is_meta or not is_known_to_backends(tensor.dtype)]
+        # Not by DDP's own function, which marks the tensors too: they may be present in another round.
+        vars(caller)["_ddp_params_and_buffers_to_ignore"] = ignored
         # A sum of three depends on its place in a bucket, and DDP reorders buckets after a step unless it searches for
         # unused parameters: a resumed round would then sum in another order than the round before it. NCCL chooses the
         # order by itself.
@@ -200,7 +202,7 @@ class Replicas:
             collective.broadcast_inside(flat, "buffers")
         for buffer, first in zip(buffers, unpack(flats, buffers), strict=True):
             # A write would count as a change since the sync, and the tensors would be averaged again.
-            if not torch.equal(buffer, first):
+            if not same(buffer, first):
                 buffer.copy_(first)
 
 

@@ -69,9 +69,14 @@ def averaged_bytes_by_type(tensors: Iterable[Tensor]) -> Counter[str]:
     return sizes
 
 
+def is_known_to_backends(dtype: torch.dtype) -> bool:
+    """Whether gloo and NCCL can broadcast tensors of this type."""
+    return dtype not in _WIDER
+
+
 def sendable(flat: Tensor) -> Tensor:
     """A flat tensor, or, where gloo or NCCL does not know its data type, its bytes."""
-    return flat.view(torch.uint8) if flat.is_complex() or flat.dtype in _WIDER else flat
+    return flat.view(torch.uint8) if flat.is_complex() or not is_known_to_backends(flat.dtype) else flat
 
 
 def all_sendable(messages: Mapping[int, Iterable[Tensor]]) -> dict[int, list[Tensor]]:
@@ -80,8 +85,14 @@ def all_sendable(messages: Mapping[int, Iterable[Tensor]]) -> dict[int, list[Ten
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """:func:`torch.equal`, for every data type."""
-    return one.dtype == other.dtype and torch.equal(computable(one), computable(other))
+    """:func:`torch.equal`, for every data type; NaN equals NaN."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    left, right = computable(one), computable(other)
+    if torch.equal(left, right):
+        return True
+    either = (left == right) | (left.isnan() & right.isnan())
+    return bool(either.all())
 
 
 def check_tensors(module: nn.Module) -> None:

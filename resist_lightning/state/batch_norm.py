@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resist_lightning.comm.tensors import same
 from resist_lightning.state.compiled import uncompiled
 from resist_lightning.state.host_copies import copied
 
@@ -71,7 +72,7 @@ def recalibrate(
         if int(_statistic(norm, "num_batches_tracked")) > 0:
             kept.update(map(id, statistics))
     for buffer, old in before:
-        if id(buffer) not in kept and not torch.equal(buffer, old):
+        if id(buffer) not in kept and not same(buffer, old):
             buffer.copy_(old)
     return estimated
 

@@ -177,6 +177,7 @@ def steps_by_hand(rank: int) -> dict[str, Any]:
     split_into_workers(2)
     model = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("first", "second")})
     model.register_buffer("seen", torch.tensor(0.0))
+    model.register_buffer("small", torch.tensor(rank, dtype=torch.int16))  # of a type that gloo does not know
     collective: Any = default_collective()
     replicas = Replicas(model, collective, partial=True)
     replicas.find_unused_parameters = True
@@ -200,13 +201,15 @@ def steps_by_hand(rank: int) -> dict[str, Any]:
 
     for _ in range(2):
         replicas.call_with_backward(step)
+    replicas.end_steps()
+    noted["small"] = model.small.item()
     return {**noted, "gradient": model["second"].weight.grad.tolist()}
 
 
 def test_steps_by_hand_average_all_they_should_share_buffers_and_hide_ddp_from_compiled_blocks() -> None:
     """Up to 0.3, a reducer was made in the middle of the step, without the second layer, which was not averaged."""
     for result in run_workers(steps_by_hand, 2):
-        assert result == {"seen": [0, 1], "compiles for": {None}, "gradient": [[3.0, 3.0]]}
+        assert result == {"seen": [0, 1], "compiles for": {None}, "gradient": [[3.0, 3.0]], "small": 0}
 
 
 def synchronised(rank: int) -> None:

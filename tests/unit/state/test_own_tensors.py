@@ -38,6 +38,18 @@ def test_what_is_averaged_comes_back_and_what_is_written_stays(module: Counting)
     assert (module.weight.tolist(), module.seen.tolist()) == ([1, 1], [6, 6])
 
 
+def test_nan_that_stays_is_no_write(module: Counting) -> None:
+    module.seen[1] = torch.nan  # a place that is not filled yet
+    own = OwnTensors(module)
+    own.keep([module.seen])
+    with torch.no_grad():
+        module.seen[0] = 5
+    own.watch(())
+    assert own.written() == {}
+    own.restore()
+    assert module.seen[0] == 0
+
+
 def test_writes_to_what_trains_or_is_named_are_not_the_user_s(module: Counting) -> None:
     own = OwnTensors(module)
     own.keep(())
