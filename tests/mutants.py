@@ -287,6 +287,13 @@ MUTANTS = (
         ("tests/unit/methods/auxnet/step/test_delayed.py",),
     ),
     Mutant(
+        "a tuple crosses a cut",
+        "methods/auxnet/network/graph.py",
+        "end = self._one_tensor(node)",
+        "end = node",
+        ("tests/unit/methods/auxnet/network/test_chain.py",),
+    ),
+    Mutant(
         "a stage moves away from what is wanted of it",
         "methods/auxnet/step/equations.py",
         "return self.per_element(truth) * (truth - target)",

@@ -109,6 +109,21 @@ class TokenEncoder(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
+class Recurrent(nn.Module):
+    """Two layers that return tuples, of which the forward takes the sequence, and then a state."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, width), nn.Linear(width, CLASSES)
+        self.first = nn.LSTM(width, width, batch_first=True)
+        self.last = nn.GRU(width, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, (_, _) = self.first(self.stem(x))
+        _, state = self.last(x)
+        return self.head(state[-1])
+
+
 def _transformer_block(width: int, dropout: float) -> nn.Module:
     return nn.TransformerEncoderLayer(width, 2, 2 * width, dropout, batch_first=True, norm_first=True)
 
@@ -121,10 +136,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "positions": Positions,
     "vit": SmallViT,
     "ids": TokenEncoder,
+    "recurrent": Recurrent,
 }
 
 _IMAGES = dict.fromkeys(("preact", "convolutions", "vit"), (3, 8, 8))
-INPUTS = {**dict.fromkeys(("tanh", "positions", "mlp"), (3,)), **_IMAGES, "ids": (TOKENS,)}
+INPUTS = {**dict.fromkeys(("tanh", "positions", "mlp"), (3,)), **_IMAGES, "ids": (TOKENS,), "recurrent": (TOKENS, 3)}
 
 _BLOCKS = {2: ["blocks.1"], 3: ["blocks.0", "blocks.2"]}
 
@@ -136,6 +152,7 @@ CUTS = {
     "convolutions": {2: ["3"], 3: ["1", "3"]},
     "vit": _BLOCKS,
     "ids": _BLOCKS,
+    "recurrent": {2: ["first"], 3: ["stem", "first"]},
 }
 
 

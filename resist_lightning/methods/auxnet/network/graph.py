@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, getitem
 
 from torch import fx, nn
 
@@ -63,8 +63,9 @@ class Cuts:
         self._place = {node: place for place, node in enumerate(self._nodes)}
         self._ends: dict[fx.Node, str] = {}
         for node, name in tracer.ends.items():
-            if node in self._place and self._may_end(node):
-                self._ends[node] = name
+            end = self._one_tensor(node)
+            if end in self._place and self._may_end(node):
+                self._ends.setdefault(end, name)
         self._last_use: dict[fx.Node, int] = {}
         for node in [entry, *self._nodes]:
             uses = [self._place_of_user(user) for user in node.users]
@@ -114,6 +115,18 @@ class Cuts:
         """Whether a unit may end with a node: that of a block, or, in a network without blocks, of any module."""
         return not self._blocks or (node.op == "call_module" and node.target in self._blocks)
 
+    def _one_tensor(self, node: fx.Node) -> fx.Node | None:
+        """The tensor of a module's value that may cross a cut: of a tuple, the first item if no other is used."""
+        items = [user for user in node.users if _is_item(user)]
+        if not items:
+            return node
+        used = [item for item in items if item in self._place]
+        called = self._network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        # Recurrent and attention layers that are not `batch_first` return tensors whose first dimension is the time.
+        if len(used) == 1 and used[0].args[1] == 0 and getattr(called, "batch_first", True):
+            return self._one_tensor(used[0])
+        return None
+
     def _crossing(self, place: int) -> list[str]:
         """The values and tensors besides the value at ``place`` that are used behind it, in words."""
         before = [self._entry, *self._nodes[:place]]
@@ -151,16 +164,28 @@ class Cuts:
 
 
 def computing(entry: fx.Node) -> list[fx.Node]:
-    """The nodes of a graph that compute: no inputs, tensors that are read, or checks of optional arguments."""
+    """The nodes of a graph that compute: no inputs, tensors that are read, or checks of optional arguments.
+
+    Items of a tuple that nothing uses are left out: ``output, _ = lstm(x)``.
+    """
     # Optional arguments have their defaults: nodes that depend on them alone are constant.
     checks = {node for node in entry.graph.nodes if node.op == "placeholder" and node is not entry}
-    nodes = []
+    nodes: dict[fx.Node, None] = {}
     for node in entry.graph.nodes:
         if not checks.isdisjoint(node.all_input_nodes):
             checks.add(node)
         elif node.op not in ("placeholder", "get_attr", "output"):
-            nodes.append(node)
-    return nodes
+            nodes[node] = None
+    unused: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if _is_item(node) and unused.issuperset(node.users):
+            unused.add(node)
+    return [node for node in nodes if node not in unused]
+
+
+def _is_item(node: fx.Node) -> bool:
+    """Whether a node takes an item, by number or name: of a tuple, a dict, or along a tensor's first dimension."""
+    return node.target is getitem and isinstance(node.args[1], int | str)
 
 
 def build(network: nn.Module, units: Sequence[Unit], *, copies_input: bool) -> fx.GraphModule:

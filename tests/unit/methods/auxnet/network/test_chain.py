@@ -13,6 +13,7 @@ from torch import nn
 
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.methods.auxnet.network.chain import check_stages, find_chain
+from resist_lightning.methods.auxnet.network.measure import measure
 from resist_lightning.models import preact_resnet
 from tests.helpers.chains import Blocks, in_turn
 from tests.helpers.nets import MlpBlock, Undeclared, mlp, narrow_resnet, on_meta
@@ -129,6 +130,82 @@ def test_a_value_that_skips_a_block_forbids_the_cut_behind_it():
         return net.head(net.c(net.b(net.a(x) + x)))
 
     assert find_chain(Blocks(forward)).units == ("b", "c")
+
+
+class Layers(Blocks):
+    """Two layers that return tuples, without residual blocks."""
+
+    def __init__(self, forward, layer=nn.LSTM, second=6, **options):
+        a, b = layer(6, second, **options), layer(6, second, **options)
+        super().__init__(forward, a=a, b=b, c=nn.Identity())
+
+
+def one_after_the_other(net, x):
+    x, (_, _) = net.a(net.stem(x))
+    return net.head(net.b(x)[0])
+
+
+def by_the_last_state(net, x):
+    _, state = net.b(net.a(net.stem(x))[0])
+    return net.head(state.squeeze(0))
+
+
+def hands_on_its_state(net, x):
+    x, state = net.a(net.stem(x))
+    return net.head(net.b(x, state)[0][:, -1])
+
+
+def time_first(net, x):
+    return net.head(net.b(net.a(net.stem(x).transpose(0, 1))[0])[0].mean(0))
+
+
+def attends(net, x):
+    x = net.stem(x)
+    x, _ = net.a(x, x, x)
+    return net.head(net.b(x, x, x)[0])
+
+
+RECURRENT = {
+    "the sequence goes on": (lambda: Layers(one_after_the_other, batch_first=True), ("stem", "a", "b", "head")),
+    "a state goes on": (lambda: Layers(by_the_last_state, nn.GRU, batch_first=True), ("stem", "a", "head")),
+    "both go on": (lambda: Layers(hands_on_its_state, batch_first=True), ("stem", "b", "head")),
+    "the time is first": (lambda: Layers(time_first, nn.RNN), ("stem", "head")),
+    "attention": (
+        lambda: Layers(attends, nn.MultiheadAttention, 2, batch_first=True),
+        ("stem", "a", "b", "head"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "units"), RECURRENT.values(), ids=RECURRENT)
+def test_a_tuple_crosses_no_cut_but_its_first_item_may(make, units):
+    """A network with an LSTM was refused wherever it was cut: a unit ended with the layer, and returned a tuple."""
+    net, x = make(), torch.randn(2, 5, 3)
+    chain = find_chain(net)
+    assert chain.units == units
+    assert measure(chain, x, repeats=1).shapes[-1] == net(x).shape[1:]
+    y = x
+    for number in range(len(units)):
+        y = chain.stage(number, number + 1)(y)
+    assert torch.equal(y, net(x))
+
+
+def test_a_block_that_returns_a_tuple_is_cut_behind_its_first_item():
+    class Block(MlpBlock):
+        def forward(self, x):
+            return super().forward(x), x.shape
+
+    def forward(net, x):
+        x = net.stem(x)
+        for block in (net.a, net.b, net.c):
+            x, _ = block(x)
+        return net.head(x)
+
+    net = Blocks(forward)
+    net.a, net.b, net.c = Block(), Block(), Block()
+    chain, x = find_chain(net), torch.randn(2, 3)
+    assert chain.units == ("a", "b", "c")
+    assert torch.equal(chain.stage(0, 1)(x), net.a(net.stem(x))[0])
 
 
 def test_a_block_inside_a_block_is_not_cut():
