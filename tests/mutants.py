@@ -287,6 +287,13 @@ MUTANTS = (
         ("tests/unit/methods/auxnet/step/test_delayed.py",),
     ),
     Mutant(
+        "a number that stages keep changes in silence",
+        "methods/auxnet/network/attributes.py",
+        "if values == self._traced:",
+        "if values.keys() == self._traced.keys():",
+        ("tests/unit/methods/auxnet/network/test_attributes.py",),
+    ),
+    Mutant(
         "a tuple crosses a cut",
         "methods/auxnet/network/graph.py",
         "end = self._one_tensor(node)",

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from typing_extensions import override
 
 # With the separator at the end, so that torchvision does not match.
 _NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)
+_OF_EVERY_MODULE = frozenset(dir(nn.Module())) - {"training"}
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+(?:\n\s*(?!File ")(\S.*))?')
 
 
@@ -60,6 +62,7 @@ class ChainTracer(Tracer):
         ends: for each value the name of the innermost module that returned it.
         calls: number of calls of each module, by name.
         unlike: values that are computed under no_grad, autocast or the like.
+        read: modules, and names of the attributes that the forward reads from them; no modules, tensors or methods.
     """
 
     def __init__(self, leaf: Callable[[nn.Module], bool]) -> None:
@@ -67,12 +70,18 @@ class ChainTracer(Tracer):
         self.ends: dict[fx.Node, str] = {}
         self.calls: dict[str, int] = {}
         self.unlike: list[fx.Node] = []
+        self.read: dict[tuple[nn.Module, str], None] = {}
         self._leaf = leaf
         self._modes = _modes()
 
     @override
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._leaf(m)
+
+    @override
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _noting_reads(self.read):
+            return super().trace(root, concrete_args)
 
     @override
     def call_module(
@@ -91,6 +100,24 @@ class ChainTracer(Tracer):
         if _modes() != self._modes:
             self.unlike.append(proxy.node)
         return proxy
+
+
+@contextmanager
+def _noting_reads(read: dict[tuple[nn.Module, str], None]) -> Iterator[None]:
+    """Inside, attributes that are read from any module are noted; not those that every module has."""
+
+    def note(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if name not in _OF_EVERY_MODULE and not isinstance(value, nn.Module | Tensor | MethodType):
+            read[module, name] = None
+        return value
+
+    # As torch.fx does with `__getattr__`, which is not asked for attributes that are plain numbers.
+    nn.Module.__getattribute__ = note  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
 
 
 def _modes() -> tuple[bool, ...]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from resist_lightning import ResISTStrategy, WorkersDisagree
+from resist_lightning import ResISTStrategy, StageSelectionError, WorkersDisagree
 from tests.helpers.auxnet import LATE, SERIAL, fit_stages, in_order, make_stages, pictures
 from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier
 from tests.helpers.trainers import make_trainer, run_in_turn, run_trainers, run_trainers_to_the_end
@@ -270,6 +270,47 @@ def test_a_module_that_is_compiled_trains(found: Found) -> None:
     assert found["compiled"] == [(5, True)] * 2
 
 
+# ------------------------------------------------------------------ numbers that follow a schedule
+
+
+class Gate(nn.Module):
+    """Adds a share of a layer, with dropout; no residual block that is recognised."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.layer, self.alpha = nn.Linear(width, width), 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.dropout(x, 0.1, self.training)
+        return x + self.alpha * torch.tanh(self.layer(x))
+
+
+class Gated(Classifier):
+    """Opens its gates in the third epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), Gate(), Gate(), nn.Linear(6, CLASSES))
+
+    def on_train_epoch_start(self) -> None:
+        for gate in self.net[2:4]:
+            gate.alpha = float(self.current_epoch > 1)
+
+
+def opened(worker: int, _: Path) -> tuple[str, int]:
+    module = Gated()
+    with pytest.raises(StageSelectionError) as error:
+        fit_stages(worker, module, {"cuts": ["2"]}, validation=pictures(), max_epochs=4)
+    return str(error.value), module.global_step
+
+
+def test_a_number_that_follows_a_schedule_is_told_when_it_changes(found: Found) -> None:
+    """Stages trained to the end with the number from the start; validations, which change the mode, are no change."""
+    for error, steps in found["a schedule"]:
+        assert "reads net.2.alpha, which was 0.0 when the network was cut into stages and is 1.0 now" in error
+        assert steps == 10
+
+
 # ------------------------------------------------------------------ trainings in the same two processes
 
 IN_TURN = {
@@ -279,6 +320,7 @@ IN_TURN = {
     "a second fit": fit_twice,
     "another strategy": from_resist,
     "compiled": compiled,
+    "a schedule": opened,
 }
 
 

@@ -75,6 +75,7 @@ class StageSimulator:
         layout = StageLayout(self.module, config, workers)
         layout.prepare(example, SoloCollective())
         self._stages, self.boundaries = _divide(layout, config)
+        self._attributes = layout.chain.attributes if layout.chain else None
         self._network = layout.chain.name if layout.chain else config.network or ""
         # One worker's stage is the whole network.
         self._stages = self._stages or [self.module.get_submodule(self._network)]
@@ -94,7 +95,12 @@ class StageSimulator:
 
         Returns:
             The loss.
+
+        Raises:
+            StageSelectionError: if a number or switch that the forward of the network reads has changed.
         """
+        if self._attributes is not None:
+            self._attributes.check()
         self._inputs.append(x)
         self._still = []
         for name, norm in norms_with_statistics(self.module).items():

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from typing_extensions import override
 
 from resist_lightning.errors import StageSelectionError
+from resist_lightning.methods.auxnet.network.attributes import TracedAttributes
 from resist_lightning.methods.auxnet.network.find import check_network, describe, find_network
 from resist_lightning.methods.auxnet.network.forward import network_blocks, trace_network, unchanged, unreached
 from resist_lightning.methods.auxnet.network.graph import Cuts, Unit, build
@@ -26,11 +27,16 @@ class Stage(nn.Module):
     It reads submodules, parameters and buffers from the network itself, so that it is up to date after they were
     moved or replaced. It never changes its input, not even where a block works in place. Hooks of blocks run; those
     of the containers around them do not.
+
+    Attributes:
+        parts: the units.
+        attributes: the numbers and switches of the network that are constants of the stage.
     """
 
-    def __init__(self, network: nn.Module, parts: fx.GraphModule) -> None:
+    def __init__(self, network: nn.Module, parts: fx.GraphModule, attributes: TracedAttributes) -> None:
         super().__init__()
         self.parts = parts
+        self.attributes = attributes
         self._network = (network,)  # a tuple, so that it is not registered as a submodule
 
     @property
@@ -55,11 +61,13 @@ class Chain:
         network: the network.
         units: names in the user's module of the modules that the units end with, in order of computation; the last
             unit reaches to the end of the network. A cut can be behind each unit but the last.
+        attributes: the numbers and switches of the network that are constants of its stages.
     """
 
     name: str
     network: nn.Module = field(repr=False)
     units: tuple[str, ...]
+    attributes: TracedAttributes = field(repr=False)
     _pieces: tuple[Unit, ...] = field(repr=False)
     _names: tuple[tuple[str, ...], ...] = field(repr=False)
 
@@ -67,7 +75,7 @@ class Chain:
         """The units ``first`` to ``last`` - 1 as one module; its submodules and parameters are the network's own."""
         self._check_range(first, last)
         parts = build(self.network, self._pieces[first:last], copies_input=first > 0)
-        return Stage(self.network, parts)
+        return Stage(self.network, parts, self.attributes)
 
     def names(self, first: int, last: int) -> list[str]:
         """Names in the user's module of the parameters and buffers of the units ``first`` to ``last`` - 1.
@@ -143,11 +151,12 @@ def find_chain(module: nn.Module, network: str | None = None) -> Chain:
             )
         cuts = Cuts(root, tracer, entry, exit, network_blocks(root))
         pieces = cuts.units()
+        attributes = TracedAttributes(root, name, tracer.read)
     if len(pieces) < 2:
         raise StageSelectionError(f"{describe(name)} cannot be cut into stages: {cuts.why_none()}.")
     prefix = f"{name}." if name else ""
     units = tuple(f"{prefix}{piece.end}" for piece in pieces)
-    return Chain(name, root, units, tuple(pieces), _names_by_unit(module, root, pieces))
+    return Chain(name, root, units, attributes, tuple(pieces), _names_by_unit(module, root, pieces))
 
 
 def check_stages(chain: Chain, workers: int) -> None:

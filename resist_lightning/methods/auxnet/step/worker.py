@@ -91,7 +91,7 @@ class StageWorker:
         Collective: every worker must call this, in the same order, with the same batch.
 
         Raises:
-            ValueError: if the batch has another shape than the network was cut with.
+            ValueError: if the batch has another shape, or the forward reads other numbers, than when it was traced.
             WorkersDisagree: if the workers have different batches; checked in the first steps.
         """
         if self._batch is not None:
@@ -196,8 +196,7 @@ class StageWorker:
 
     def _pass_forward(self, stage_input: Tensor, batch: Batch) -> Tensor:
         if self.delayed is None:
-            made: Tensor = self._stage(stage_input)
-            return made
+            return self._stage(stage_input)  # type: ignore[no-any-return]
         assert batch.reply is not None
         # Taken when it is due, in a later batch.
         reply, batch.reply = batch.reply, None
@@ -284,6 +283,7 @@ class StageWorker:
             self.guesses.correct(batch.x, guess, truth, of_sample, share=batch.share, step=self.steps + 1)
 
     def _check(self, x: Tensor) -> None:
+        self._stage.attributes.check()
         given, expected = tuple(x.shape[1:]), self._shapes.input.shape
         if given != expected:
             raise ValueError(

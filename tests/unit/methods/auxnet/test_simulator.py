@@ -117,3 +117,25 @@ def test_a_network_that_cannot_be_cut_so_often_is_refused() -> None:
     run = Run(StageConfig(), 1)
     with pytest.raises(StageSelectionError, match="9 workers need 8 cut"):
         StageSimulator(make_net(run), partial(make_optimizer, run), run.config, 9, batch_of(run, 0)[0])
+
+
+class Scaled(nn.Sequential):
+    """Scales its output by a number."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_a_number_that_changes_in_the_training_is_told() -> None:
+    run = Run(StageConfig(), 1)
+    net = Scaled(*make_net(run).children())
+    simulator = StageSimulator(
+        net, partial(make_optimizer, run), replace(run.config, cuts=["1.1"]), 2, batch_of(run, 0)[0]
+    )
+    batch = batch_of(run, 0)
+    simulator.step(batch[0], loss_of(batch))
+    simulator.module.scale = 0.5  # type: ignore[assignment]
+    with pytest.raises(StageSelectionError, match=r"reads scale, which was 1\.0 .* is 0\.5 now"):
+        simulator.step(batch[0], loss_of(batch))

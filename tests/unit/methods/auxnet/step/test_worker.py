@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from resist_lightning import StageConfig
+from resist_lightning.errors import StageSelectionError
 from resist_lightning.methods.auxnet.step.guesses import NetworkGuesses, StoredGuesses
 from resist_lightning.methods.auxnet.step.store import Samples
 from tests.helpers.lagrangian import gradients_of_lagrangian, true_values
@@ -272,3 +273,45 @@ def test_every_worker_gets_the_output_of_the_last_stage(workers: int) -> None:
     expected = problem.stages()[-1](problem.guesses[-1]).detach()
     for worker in found:
         torch.testing.assert_close(worker.output, expected, rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------ numbers that a trace has frozen
+
+
+class Gate(nn.Module):
+    """Adds a share of a layer; traced, as it is no residual block that is recognised."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lin, self.alpha = nn.Linear(width, width), 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x, 0.1, self.training)
+        return x + self.alpha * torch.tanh(self.lin(x))
+
+
+def with_a_schedule(collective: ThreadCollective, problem: Problem) -> str:
+    """The error behind a good step and an evaluation, when a gate of the last stage opens."""
+    staged = make_staged(collective, problem.net, problem.config, problem.x)
+    for _ in range(2):
+        problem.loss(staged.worker(problem.x)).backward()
+        staged.worker.end_step()
+        staged.net.eval()
+        staged.net.train()
+    gate: Any = staged.net.get_submodule("body.3")
+    gate.alpha = 1.0
+    with pytest.raises(StageSelectionError) as error:
+        staged.worker(problem.x)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("method", ["delayed", "penalty"])
+def test_a_number_that_changes_in_the_training_is_told_on_all_workers(method: Any) -> None:
+    """Its stage trained with the number from the start to the end, in silence."""
+    problem = make_problem(2, seed=1)
+    problem.net = mlp(Gate, width=3).double()
+    problem.config = StageConfig(cuts=CUTS[2], method=method, warmup_steps=1)
+    found, _ = run_threads(with_a_schedule, 2, problem)
+    for error in found:
+        assert "reads body.3.alpha, which was 0.0" in error
+        assert "is 1.0 now" in error
