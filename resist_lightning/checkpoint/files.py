@@ -1,4 +1,4 @@
-"""Writes files atomically and with a checksum, and explains why one cannot be read."""
+"""Writes files of torch.save atomically and with a checksum, and explains why one cannot be read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from resist_lightning.checkpoint.atomic import write_atomically
 from resist_lightning.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 22
@@ -46,15 +46,18 @@ def write_file(state: object, path: Path) -> None:
     Raises:
         OSError: if it cannot be written; then nothing is left of it.
     """
-    _write(state, path.parent, path.name, lambda _: path.name, sealed=True)
+
+    def fill(file: BinaryIO) -> str:
+        _append_seal(file, _save(state, file))
+        return path.name
+
+    write_atomically(path.parent, path.name, fill)
 
 
 def to_sealed_bytes(state: object) -> bytes:
     """The content of a file of :func:`write_file`."""
     buffer = io.BytesIO()
-    checksummed = _Checksummed(buffer)
-    torch.save(state, cast(BinaryIO, checksummed))
-    _append_seal(buffer, checksummed.crc)
+    _append_seal(buffer, _save(state, buffer))
     return buffer.getvalue()
 
 
@@ -100,7 +103,7 @@ def write_sealed(state: object, folder: Path, stem: str) -> Path:
     Raises:
         OSError: if it cannot be written; then nothing is left of it.
     """
-    return _write(state, folder, stem, lambda crc: f"{stem}.{crc:08x}{SEALED_SUFFIX}")
+    return write_atomically(folder, stem, lambda file: f"{stem}.{_save(state, file):08x}{SEALED_SUFFIX}")
 
 
 def read_sealed(path: Path, *, mapped: bool = False) -> Any:
@@ -197,31 +200,14 @@ def _what_is_wrong(path: Path, error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def _write(state: object, folder: Path, stem: str, name: Callable[[int], str], sealed: bool = False) -> Path:
-    # Named without the process number, which another host may have too; only one worker writes the file.
-    part = folder / f".{stem}.part"
+def _save(state: object, file: BinaryIO) -> int:
+    """Write ``state`` with torch.save; returns the checksum."""
+    checksummed = _Checksummed(file)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            checksummed = _Checksummed(file)
-            try:
-                torch.save(state, cast(BinaryIO, checksummed))
-            except RuntimeError as error:
-                raise _behind(error) or checksummed.error or error from None
-            if sealed:
-                _append_seal(file, checksummed.crc)
-            # Before the rename, or a power failure could leave the new name with an empty file.
-            file.flush()
-            os.fsync(file.fileno())
-        path = folder / name(checksummed.crc)
-        os.replace(part, path)
-    except BaseException as error:
-        with suppress(OSError):  # it is no folder, or not writable
-            part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(part)  # the error of a full disk names no file
-        raise
-    return path
+        torch.save(state, cast(BinaryIO, checksummed))
+    except RuntimeError as error:
+        raise _behind(error) or checksummed.error or error from None
+    return checksummed.crc
 
 
 def _append_seal(file: IO[bytes], crc: int) -> None:

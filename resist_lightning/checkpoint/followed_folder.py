@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resist_lightning.checkpoint.atomic import write_text
 from resist_lightning.checkpoint.snapshots import SnapshotFolder
 
 END_MARKER = "training_ended.json"
@@ -124,9 +125,7 @@ class FollowedFolder:
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace all rows, atomically."""
-        part = self._rows.with_name(f".{_ROWS}.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(part, self._rows)
+        write_text("".join(json.dumps(row) + "\n" for row in rows), self._rows)
 
 
 def _version(path: Path) -> Version:

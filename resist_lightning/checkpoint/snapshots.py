@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resist_lightning.checkpoint.atomic import part_of, write_text
 from resist_lightning.checkpoint.files import check_sealed, write_sealed
 from resist_lightning.errors import CheckpointError
 
@@ -101,7 +102,7 @@ class SnapshotFolder:
     def remove(self) -> None:
         """Remove all snapshots, and the folder if nothing else is in it: the user may keep other files there."""
         self.forget_later(-1)
-        _remove([self.path / _AGENTS], self.path)
+        _remove([self.path / _AGENTS, part_of(self.path / _AGENTS)], self.path)
 
     def agents(self) -> list[int]:
         """Numbers of the agents whose workers may resume from here by themselves."""
@@ -115,8 +116,8 @@ class SnapshotFolder:
 
     def set_agents(self, agents: Iterable[int]) -> None:
         """Write down the agents whose workers may resume from here by themselves."""
-        self.make()
-        (self.path / _AGENTS).write_text(json.dumps(sorted(agents)) + "\n")
+        # Atomically: with an empty list, a run that is started again would take its own snapshots for another run's.
+        write_text(json.dumps(sorted(agents)) + "\n", self.path / _AGENTS)
 
     def _newest_whole(self) -> int | None:
         """The newest round with a file of each worker that has any here; each host may have a folder of its own."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -131,6 +133,29 @@ def test_agents_are_remembered_and_a_broken_list_is_none(tmp_path: Path) -> None
     assert folder.agents() == [3, 7]
     (tmp_path / "s" / "agents.json").write_text("{")
     assert folder.agents() == []
+
+
+def test_the_agents_are_those_before_until_the_new_ones_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The list was replaced in place: a writer that was killed, or a full disk, left it empty, and every restart ended
+    # with "has snapshots of a run that did not finish".
+    folder = SnapshotFolder(tmp_path / "s")
+    folder.set_agents([7])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(os, "fsync", full)  # the last thing before the new list takes its name
+        with pytest.raises(OSError, match="No space left"):
+            folder.set_agents([7, 8])
+    assert folder.agents() == [7]
+
+    (tmp_path / "s" / ".agents.json.part").write_text("[7,")  # a writer was killed
+    assert folder.agents() == [7]
+    folder.remove()
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_folder_that_is_not_there_has_nothing(tmp_path: Path) -> None:
