@@ -130,13 +130,15 @@ class FitSession:
         engine.steps.check_batch(self._trainer.accumulate_grad_batches)
         self._guard.check()
         # In this order: a sync tells all workers of signals, and the snapshot before they act has that sync in it.
-        if engine.sync_if_due() or self._synced_early:
+        synced = engine.sync_if_due() or self._synced_early
+        if synced:
             self._synced_early = False
             self._tell_of_overlap(engine)
             self._resumer.write_snapshot(engine, self.trainer_state, ending=self.signals.ending)
         # Not between the border of an overlapped sync and its end, when it is applied and the snapshot has it.
         if not engine.sync.under_way:
-            self.signals.act()
+            # A request may be known from an evaluation in mid-round, where no snapshot can be written.
+            self.signals.act(may_end=synced or not self._resumer.writes_snapshots)
         if batch_idx == 1:  # the first batch has logged its metrics
             warn_of_metrics(self._trainer)
         self._steps.begin_batch()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resist_lightning import CheckpointError, Config, NeuronConfig, NeuronSimulator, WorkerLost
 from resist_lightning.checkpoint.snapshots import SnapshotFolder
-from tests.helpers.plain import stream
+from tests.helpers.plain import held_out, stream
 from tests.helpers.programs import run_torchrun
 from tests.helpers.restarted import STEPS, main
 from tests.helpers.small import Small
@@ -204,16 +204,22 @@ def test_what_else_is_in_the_folder_stays_when_the_run_has_come_to_its_end(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round=best", "thesis.tex"]
 
 
-def ends_by_a_signal(worker: int, folder: str) -> None:
-    trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Terminates(7)])
+def ends_by_signals(worker: int, folder: str) -> None:
+    """Two trainings: one learns of the signal in a validation, in its second round; the other in its last sync."""
+    strategy = make_strategy(snapshots=f"{folder}/validated", snapshot_every_n_rounds=10)
+    trainer = make_trainer(strategy, max_epochs=1, callbacks=[Terminates(3)], val_check_interval=4)
+    with pytest.raises(SIGTERMException):
+        trainer.fit(Small(), stream(worker, 8), held_out(worker))
+    trainer = make_trainer(make_strategy(snapshots=f"{folder}/ended"), max_epochs=1, callbacks=[Terminates(7)])
     trainer.fit(Small(), stream(worker, 8))
 
 
-def test_snapshots_stay_where_a_signal_of_the_last_round_ends_the_program(tmp_path: Path) -> None:
-    """Started again by torchrun, it repeats that round, and not the whole training."""
-    outcomes = run_trainers_to_the_end(ends_by_a_signal, 2, str(tmp_path))
+def test_a_signal_leaves_a_snapshot_of_the_round_that_it_ends(tmp_path: Path) -> None:
+    """The first run stopped in mid-round and lost up to ten rounds; the second, started again, repeats its last one."""
+    outcomes = run_trainers_to_the_end(ends_by_signals, 2, str(tmp_path))
     assert [type(outcome.error) for outcome in outcomes] == [SIGTERMException] * 2
-    assert SnapshotFolder(tmp_path).newest_first()[0].round == 2
+    for name in ("validated", "ended"):
+        assert [snapshot.round for snapshot in SnapshotFolder(tmp_path / name).newest_first()][:1] == [2], name
 
 
 class Odd(L.Callback):

@@ -61,12 +61,12 @@ class Signals:
 
     @property
     def agreed(self) -> bool:
-        """Whether all workers know of a request that they act upon before the next batch."""
+        """Whether all workers know of a request that they may act upon before the next batch."""
         return bool(self._agreed)
 
     @property
     def ending(self) -> bool:
-        """Whether all workers know that they end before the next batch."""
+        """Whether all workers know that they end, at the latest where the round does."""
         return bool(self._agreed & (_TERMINATE | _INTERRUPT))
 
     def install(self) -> None:
@@ -104,14 +104,18 @@ class Signals:
                 if request & bit:
                     self._announce(rank, number)
 
-    def act(self) -> None:
+    def act(self, *, may_end: bool = True) -> None:
         """Act upon the requests that all workers know. Collective: every worker must call this, at the same place.
+
+        Args:
+            may_end: whether the run may end here; otherwise requests to end it stay for a later call.
 
         Raises:
             SIGTERMException: if a worker has received SIGTERM.
             KeyboardInterrupt: if a worker has received SIGINT (Ctrl-C).
         """
-        agreed, self._agreed = self._agreed, 0
+        agreed = self._agreed if may_end else self._agreed & _REQUEUE
+        self._agreed &= ~agreed
         if agreed & _REQUEUE:
             # Noted no more, so that the next one counts: a job may be requeued several times.
             self._noted &= ~_REQUEUE

@@ -48,6 +48,11 @@ class Resumer:
         return str(folder.path) if folder is not None and folder.newest_first() else None
 
     @property
+    def writes_snapshots(self) -> bool:
+        """Whether this run writes snapshots."""
+        return self._snapshots is not None
+
+    @property
     def from_snapshot(self) -> bool:
         """Whether a snapshot was loaded, which has no state dict of the full model."""
         return self._loaded is not None

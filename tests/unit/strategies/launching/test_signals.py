@@ -53,6 +53,15 @@ def test_all_workers_act_upon_the_same_signal_if_there_are_two(signals: Signals)
         signals.act()
 
 
+def test_where_a_run_may_not_end_requests_to_end_wait(signals: Signals) -> None:
+    signals.on_requests([1])
+    signals.act(may_end=False)
+    assert signals.ending
+    assert not signals.acting
+    with pytest.raises(SIGTERMException):
+        signals.act()
+
+
 def test_a_second_signal_ends_at_once(signals: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAME_SECONDS", -1.0)
     os.kill(os.getpid(), signal.SIGTERM)
