@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -132,11 +133,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
         self.procs = workers.processes
         members = strategy.options.members(strategy.num_processes)
         try:
-            # The others have time to say what happened to them, and to save, before they are terminated.
             forwarder = Forwarder(self.kill, strategy._timeout.total_seconds(), members)
             with forwarder.waiting(trainer):
-                while not workers.join(timeout=LOOK_SECONDS, grace_period=ENDING_SECONDS):
-                    forwarder.check(workers.processes)
+                wait_for(workers, forwarder)
         except ProcessExitedException as error:  # one that raised has another exception, with its traceback
             raise WorkerLost(
                 f"{process_name(error.error_index, members)} (host {socket.gethostname()}, pid {error.error_pid}) "
@@ -213,6 +212,29 @@ class ProcessLauncher(_MultiProcessingLauncher):
         strategy.saver.last_written = extra["last_written"]
         for callback, facts in zip(trainer.checkpoint_callbacks, extra["checkpoints"], strict=True):
             vars(callback).update(facts)
+
+
+def wait_for(workers: Any, forwarder: Forwarder) -> None:
+    """Wait until all workers have ended, or one has failed.
+
+    Args:
+        workers: from ``start_processes``.
+        forwarder: inside its ``waiting``.
+
+    Raises:
+        ProcessExitedException: if a worker has ended with an exit code other than 0.
+        ProcessRaisedException: if a worker raised; with its traceback.
+    """
+    processes: list[BaseProcess] = workers.processes
+    while running := [process.sentinel for process in processes if process.exitcode is None]:
+        # Not by `join`, for which the first worker that a signal has stopped is a failure: others may still save.
+        if forwarder.stopping(processes):
+            forwarder.check(processes)
+        elif any(process.exitcode for process in processes):
+            break
+        connection.wait(running, LOOK_SECONDS)
+    # The others have time to say what happened to them before they are terminated.
+    workers.join(grace_period=ENDING_SECONDS)
 
 
 def end_idle_threads() -> None:

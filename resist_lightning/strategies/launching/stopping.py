@@ -72,6 +72,14 @@ class Forwarder:
                 signal.signal(taken, original)
             self._originals = {}
 
+    def stopping(self, workers: Sequence[BaseProcess]) -> bool:
+        """Whether a signal stops the workers, so that those that end first have not failed."""
+        if not self._received:  # it may have reached the workers alone, as the first exit code says
+            codes = {worker.exitcode for worker in workers if worker.exitcode}
+            if codes and codes <= _EXIT_CODES.keys():
+                self._received, self._first_at = _EXIT_CODES[min(codes)], time.monotonic()
+        return bool(self._received)
+
     def check(self, workers: Sequence[BaseProcess]) -> None:
         """Called repeatedly while waiting: workers that hang must not block the main process for ever.
 
