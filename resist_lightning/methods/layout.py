@@ -86,6 +86,10 @@ class LayoutAbilities:
             ValueError: if it is not known and the division depends on it.
         """
 
+    def fits_only_some(self) -> str:
+        """A setting that does not fit every number of workers, and one that does, in words; empty if there is none."""
+        return ""
+
     fragment_count = 1
     """Number of fragments, one of which each sync covers."""
 

@@ -27,6 +27,7 @@ from resist_lightning.strategies.loop_patches import LoopPatches
 from resist_lightning.strategies.patches import Patches, after
 from resist_lightning.strategies.saving.checkpoint_callbacks import CheckpointCallbacks
 from resist_lightning.strategies.saving.data_position import Position
+from resist_lightning.strategies.saving.restarts import check_other_workers
 from resist_lightning.strategies.saving.resumer import Resumer
 from resist_lightning.strategies.saving.trainer_state import TrainerState
 from resist_lightning.strategies.summary import sent_in_words
@@ -92,6 +93,7 @@ class FitSession:
             total_steps=total_steps(trainer, default_collective()) if self._config.needs_total_steps else None,
             device=strategy.root_device,
         )
+        check_other_workers(strategy.options, engine.layout)
         engine.replicas.find_unused_parameters = strategy.options.find_unused_parameters
         engine.steps.on_step = self.count_step  # for steps that Lightning does not see
         self._averages.follow(engine)

@@ -65,6 +65,12 @@ class StageLayout(Layout):
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in inside}
 
     @override
+    def fits_only_some(self) -> str:
+        if self.config.cuts is None:
+            return ""
+        return f"cuts={list(self.config.cuts)} fits one number only: leave cuts out, and the stages are balanced."
+
+    @override
     def without_effect(self, clock: Clock, steps: int) -> list[str]:
         end, warmup_steps = clock.total_steps + steps, self.config.warmup_steps
         if end > warmup_steps:

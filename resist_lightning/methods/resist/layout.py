@@ -121,6 +121,20 @@ class BlockLayout(Layout):
         return self.config.fragments
 
     @override
+    def fits_only_some(self) -> str:
+        config, blocks = self.config, len(self.blocks)
+        if not isinstance(config.blocks_per_worker, str):
+            return f"blocks_per_worker={list(config.blocks_per_worker)} fits one number only: choose 'equal' or 'auto'."
+        fewest = max(self.schedule.min_blocks, 1)  # the share of each worker, where there are many
+        if not blocks or config.fragments <= fewest:
+            return ""
+        return (
+            f"fragments={config.fragments} may not fit more of them: each holds at least {fewest} of the {blocks} "
+            f"partitionable blocks, and needs one of each fragment. Choose fragments={fewest} or fewer, or let each "
+            "hold more (min_blocks, the first share of growth)."
+        )
+
+    @override
     def without_effect(self, clock: Clock, steps: int) -> list[str]:
         whole_rounds, left = divmod(clock.step + steps, clock.local_steps)
         complete = clock.round + whole_rounds

@@ -30,7 +30,7 @@ from resist_lightning.state.memory_limit import memory_limit, needed_to_train, s
 from resist_lightning.strategies.averages import check_averages
 from resist_lightning.strategies.options import StartMethod, StrategyOptions
 from resist_lightning.strategies.saving.checkpoint_callbacks import resolve_file_urls
-from resist_lightning.strategies.saving.restarts import check_shrinking
+from resist_lightning.strategies.saving.restarts import check_other_workers, check_shrinking
 
 
 def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOptions, processes: int) -> None:
@@ -75,7 +75,8 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
         return  # the workers make the model, after the launch
     completed_in_setup = is_overridden("setup", module) and any(is_lazy(tensor) for tensor in module.parameters())
     if not completed_in_setup:
-        make_layout(module, config, processes // members, members=members)
+        layout = make_layout(module, config, processes // members, members=members)
+        check_other_workers(options, layout)
 
 
 def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_method: StartMethod) -> None:

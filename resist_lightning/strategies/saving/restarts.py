@@ -16,6 +16,7 @@ from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.group import groups_joined
 from resist_lightning.comm.torchrun import REMEDY, agent, shares_store, started_by_torchrun
 from resist_lightning.errors import CheckpointError, CheckpointNotWritten, process_name
+from resist_lightning.methods.layout import Layout
 from resist_lightning.strategies.options import StrategyOptions
 
 _ROUNDS_COMPARED = 4  # a worker is at most one round ahead of another, and a folder keeps few
@@ -41,6 +42,16 @@ def check_shrinking(options: StrategyOptions) -> None:
             "on_worker_loss='shrink' does not work while torchrun shares its store with the workers "
             f"(TORCHELASTIC_USE_AGENT_STORE=True): {REMEDY}."
         )
+
+
+def check_other_workers(options: StrategyOptions, layout: Layout) -> None:
+    """Check, before the training, that a run can continue with other numbers of workers.
+
+    Raises:
+        ValueError: if a setting does not fit every number: each restart would fail, until torchrun gives up.
+    """
+    if options.on_worker_loss == "shrink" and (problem := layout.fits_only_some()):
+        raise ValueError(f"on_worker_loss='shrink' continues with other numbers of workers, and {problem}")
 
 
 class Restarts:

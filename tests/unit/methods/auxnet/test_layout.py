@@ -62,6 +62,13 @@ def test_another_name_of_a_module_of_the_network_is_not_refused() -> None:
     assert "net.head.weight" in layout.stage_tensors(1)
 
 
+def test_cuts_fit_one_number_of_workers() -> None:
+    """A run that continued with other workers failed in each restart."""
+    cut = StageLayout(mlp(MlpBlock), StageConfig(cuts=["body.1"]), 2)
+    assert cut.fits_only_some() == "cuts=['body.1'] fits one number only: leave cuts out, and the stages are balanced."
+    assert StageLayout(mlp(MlpBlock), StageConfig(), 2).fits_only_some() == ""
+
+
 # ------------------------------------------------------------------ auxiliary networks
 
 

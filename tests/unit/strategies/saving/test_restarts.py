@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
-from resist_lightning import CheckpointError
+from resist_lightning import CheckpointError, Config
+from resist_lightning.comm.group import destroy_group, group_exists
+from resist_lightning.engine.registry import make_layout
 from resist_lightning.strategies.options import StrategyOptions
-from resist_lightning.strategies.saving.restarts import Restarts, check_shrinking
+from resist_lightning.strategies.saving.restarts import Restarts, check_other_workers, check_shrinking
+from tests.helpers.plain import stream
+from tests.helpers.small import LateSmall, Small
 from tests.helpers.threads import run_threads
+from tests.helpers.trainers import make_strategy, make_trainer
 
 
 def test_shrinking_is_refused_where_the_workers_could_not_meet_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +35,60 @@ def test_without_torchrun_a_warning_says_that_nobody_starts_the_workers_again(mo
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with pytest.warns(UserWarning, match="needs `torchrun --nnodes=MIN:MAX`"):
         check_shrinking(StrategyOptions(snapshots="folder", on_worker_loss="shrink"))
+
+
+SHRINKING = StrategyOptions(snapshots="folder", on_worker_loss="shrink")
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers", "refused"),
+    [
+        ({"blocks_per_worker": [2, 2, 1]}, 3, r"blocks_per_worker=\[2, 2, 1\] fits one number only: choose 'equal'"),
+        ({"fragments": 3, "min_blocks": 1}, 1, "fragments=3 .* at least 1 of the 4 .* Choose fragments=1 or fewer"),
+        ({"fragments": 2, "growth": [0.2, 1]}, 1, "fragments=2 may not fit"),
+    ],
+)
+def test_settings_that_fit_the_first_number_of_workers_only_are_refused_where_it_may_change(
+    settings: dict[str, Any], workers: int, refused: str
+) -> None:
+    """After a loss or a join each restart raised this error or another one, until torchrun gave up."""
+    layout = make_layout(Small().net, Config(**settings), workers)
+    check_other_workers(StrategyOptions(snapshots="folder"), layout)
+    with pytest.raises(ValueError, match=f"on_worker_loss='shrink' continues with other numbers .* {refused}"):
+        check_other_workers(SHRINKING, layout)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fragments": 2},
+        {"fragments": 3, "min_blocks": 3},
+        {"blocks": [], "fragments": 9},
+        {"blocks_per_worker": "auto"},
+    ],
+)
+def test_settings_that_fit_every_number_of_workers_may_shrink(settings: dict[str, Any]) -> None:
+    module, config = Small().net, Config(**settings)
+    check_other_workers(SHRINKING, make_layout(module, config, 2))
+    for workers in range(1, 8):
+        make_layout(module, config, workers)
+
+
+@pytest.fixture
+def leaves_its_group() -> Iterator[None]:
+    yield
+    if group_exists():
+        destroy_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*needs `torchrun")
+@pytest.mark.usefixtures("leaves_its_group")
+@pytest.mark.parametrize("module", [Small, LateSmall])
+def test_a_fit_refuses_them_before_it_trains(module: type[L.LightningModule], tmp_path: Path) -> None:
+    strategy = make_strategy(snapshots=tmp_path, on_worker_loss="shrink", blocks_per_worker=[4], min_blocks=None)
+    with pytest.raises(ValueError, match="fits one number only"):
+        make_trainer(strategy, max_epochs=1).fit(module(), stream(0, 3))
+    assert group_exists() == (module is LateSmall)  # whose network is made in the workers
 
 
 def written(folder: Path, rounds: list[list[int]]) -> None:
