@@ -75,14 +75,16 @@ def join_group(
         node: number of this worker's host.
 
     Raises:
-        HostsCannotMeet: if processes of another host cannot be reached; raised within seconds.
+        HostsCannotMeet: if processes of another host cannot be reached, within seconds; or if the name of worker 0's
+            host cannot be resolved within ``timeout``.
         RuntimeError: if the workers cannot join one another, with what to check.
     """
     if backend in NCCL:
         for name, value in NCCL_VARIABLES.items():
             os.environ.setdefault(name, value)
     try:
-        await_store(address, port, node=node, served=shares_store(), by_torchrun=started_by_torchrun())
+        by_torchrun = started_by_torchrun()
+        await_store(address, port, node=node, served=shares_store(), by_torchrun=by_torchrun, timeout=timeout)
         _join(backend, address, port, worker, workers, timeout, device)
     except HostsCannotMeet:
         raise

@@ -10,7 +10,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from resist_lightning.comm.hosts import Place, first_of_hosts, judge, listen, this_place, try_to_reach, who_tries_whom
@@ -24,7 +26,7 @@ class HostsCannotMeet(RuntimeError):
     """The processes of several hosts cannot reach one another, or the store; says what to set."""
 
 
-def await_store(address: str, port: int, *, node: int, served: bool, by_torchrun: bool) -> None:
+def await_store(address: str, port: int, *, node: int, served: bool, by_torchrun: bool, timeout: timedelta) -> None:
     """Wait until the store answers, but only briefly where it never will.
 
     Args:
@@ -33,28 +35,42 @@ def await_store(address: str, port: int, *, node: int, served: bool, by_torchrun
         node: number of this host; the store is on host 0, which does not connect to it here.
         served: whether the store is up before any worker starts, as that of torchrun's agent is.
         by_torchrun: whether torchrun has chosen the address.
+        timeout: time for the name to be resolved.
 
     Raises:
         HostsCannotMeet: if the name cannot be resolved, or a store that is up already does not answer.
     """
-    deadline = time.monotonic() + _ANSWER_SECONDS
-    while True:
-        resolved, failure = _ask(address, port, connect=node > 0)
-        if not failure:
-            return
-        if time.monotonic() > deadline:
-            break
-        time.sleep(_POLL_SECONDS)
     option = "--local-addr=ADDRESS for torchrun" if by_torchrun else "MASTER_ADDR=ADDRESS"
-    text = (
-        f"host {node} ({socket.gethostname()}) gets no answer from the store of the first host at "
-        f"{with_port(address, port)}: {failure}. Set {option} on the first host to the address at which the others "
-        "reach it, and let no firewall block them."
-    )
-    if served or not resolved:
-        raise HostsCannotMeet(text)
-    # Worker 0 serves it, and may be late.
-    sys.stderr.write(f"{text} Waiting, because it may still start.\n")
+
+    def text() -> str:
+        return (
+            f"host {node} ({socket.gethostname()}) gets no answer from the store of the first host at "
+            f"{with_port(address, port)}: {failure}. Set {option} on the first host to the address at which the others "
+            "reach it, and let no firewall block them."
+        )
+
+    resolve = partial(_ask, address, port, connect=False)
+    failure = _retry(resolve, _ANSWER_SECONDS)
+    if failure:
+        # In Kubernetes and SLURM the first host's name may be known only some time after the others have started.
+        sys.stderr.write(f"{text()} Waiting, because the name may be known later.\n")
+        failure = _retry(resolve, timeout.total_seconds() - _ANSWER_SECONDS)
+    if failure:
+        raise HostsCannotMeet(text())
+    if node > 0:
+        failure = _retry(partial(_ask, address, port, connect=True), _ANSWER_SECONDS)
+    if failure and served:
+        raise HostsCannotMeet(text())
+    if failure:  # worker 0 serves it, and may be late
+        sys.stderr.write(f"{text()} Waiting, because it may still start.\n")
+
+
+def _retry(attempt: Callable[[], str], seconds: float) -> str:
+    """Call ``attempt`` until it returns no failure, or the time is over; returns the last failure."""
+    deadline = time.monotonic() + seconds
+    while (failure := attempt()) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return failure
 
 
 def with_port(address: str, port: int) -> str:
@@ -62,20 +78,19 @@ def with_port(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _ask(address: str, port: int, *, connect: bool) -> tuple[bool, str]:
-    """Whether the name was resolved, and the reason why the store does not answer; empty if it does."""
+def _ask(address: str, port: int, *, connect: bool) -> str:
+    """Resolve a name, and connect to a store there; returns the reason of a failure."""
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        return False, f"the name {address!r} cannot be resolved here ({error.strerror})"
-    if not connect:
-        return True, ""
+        return f"the name {address!r} cannot be resolved here ({error.strerror})"
     try:
-        socket.create_connection((address, port), timeout=_ANSWER_SECONDS / 2).close()
+        if connect:
+            socket.create_connection((address, port), timeout=_ANSWER_SECONDS / 2).close()
     except OSError as error:
         where = ", ".join(dict.fromkeys(str(each[4][0]) for each in found))
-        return True, f"{error} (at {where})" if where != address else str(error)
-    return True, ""
+        return f"{error} (at {where})" if where != address else str(error)
+    return ""
 
 
 def check_hosts(store: Any, rank: int, processes: int, *, nccl: bool) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from torch.distributed import PrefixStore, TCPStore
@@ -79,10 +82,33 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_ANSWER_SECONDS", 0.2)
 
 
-def test_a_name_that_cannot_be_resolved_is_told_on_every_host(impatient: None) -> None:
+SOON = timedelta(seconds=0.4)
+
+
+def test_a_name_that_cannot_be_resolved_is_told_on_every_host(
+    impatient: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     for node, by_torchrun, way_out in ((1, True, "Set --local-addr=ADDRESS for torchrun"), (0, False, "MASTER_ADDR=")):
-        with pytest.raises(HostsCannotMeet, match=f"'no.such.invalid' cannot be resolved here.*{way_out}"):
-            await_store("no.such.invalid", 29500, node=node, served=False, by_torchrun=by_torchrun)
+        said = f"'no.such.invalid' cannot be resolved here.*{way_out}"
+        with pytest.raises(HostsCannotMeet, match=said):
+            await_store("no.such.invalid", 29500, node=node, served=False, by_torchrun=by_torchrun, timeout=SOON)
+        assert re.search(f"{said}.* Waiting, because the name may be known later", capfd.readouterr().err)
+
+
+def test_a_name_may_be_resolved_later(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Kubernetes a name is known some time after the others start; they gave it up after 10 s."""
+    known_at, resolve = time.monotonic() + 0.4, socket.getaddrinfo
+
+    def getaddrinfo(name: str, *args: Any, **options: Any) -> Any:
+        if name == "first.invalid" and time.monotonic() < known_at:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve("127.0.0.1" if name == "first.invalid" else name, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        await_store("first.invalid", port, node=1, served=True, by_torchrun=True, timeout=timedelta(seconds=60))
+    assert known_at <= time.monotonic() < known_at + 5
 
 
 def test_a_store_that_is_served_already_must_answer_and_another_one_may_be_late(
@@ -90,13 +116,15 @@ def test_a_store_that_is_served_already_must_answer_and_another_one_may_be_late(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        await_store("127.0.0.1", port, node=1, served=True, by_torchrun=True)
+        await_store("127.0.0.1", port, node=1, served=True, by_torchrun=True, timeout=SOON)
     with pytest.raises(HostsCannotMeet, match=rf"no answer from the store .* at 127.0.0.1:{port}: .*111"):
-        await_store("127.0.0.1", port, node=1, served=True, by_torchrun=True)
+        await_store("127.0.0.1", port, node=1, served=True, by_torchrun=True, timeout=SOON)
     assert capfd.readouterr().err == ""
-    await_store("127.0.0.1", port, node=1, served=False, by_torchrun=False)
+    await_store("127.0.0.1", port, node=1, served=False, by_torchrun=False, timeout=SOON)
     assert "Set MASTER_ADDR=ADDRESS on the first host" in capfd.readouterr().err
-    await_store("127.0.0.1", port, node=0, served=True, by_torchrun=True)  # the store's own host needs no connection
+    await_store(
+        "127.0.0.1", port, node=0, served=True, by_torchrun=True, timeout=SOON
+    )  # the store's own host needs no connection
 
 
 def test_processes_that_do_not_come_are_named(impatient: None, capfd: pytest.CaptureFixture[str]) -> None:
