@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 
 from resist_lightning.comm.tensors import named_tensors
+from resist_lightning.methods.ist.network.batch_size import batch_of
 from resist_lightning.methods.ist.network.modules import (
     ELEMENTWISE,
     MIXING_POSITIONS,
@@ -84,10 +85,15 @@ class Flow:
         self._values: dict[fx.Node, Value] = {}
         # By node, the layers whose neurons it depends on, with no other layer in between.
         self._reaching: dict[fx.Node, frozenset[str]] = {}
+        # By node, the name of the node that made its dimension 0.
+        self._batches: dict[fx.Node, str] = {}
         for node in traced.graph.nodes:
             sources = [self._reaching[source] for source in node.all_input_nodes]
             self._reaching[node] = frozenset().union(*sources)
-            self._values[node] = self._follow(node)
+            self._batches[node] = batch_of(node, traced, self._values, self._batches)
+            value = self._values[node] = self._follow(node)
+            if isinstance(value, Divided):
+                self._batches[node] = value.batch
         for node in traced.stored:
             owner = _owner(self._values[node])
             if owner is not None:
@@ -165,7 +171,7 @@ class Flow:
         # Dimension 0 of a parameter is not the batch.
         if not is_shape or source.op == "get_attr":
             return None
-        shape = Shape(value if isinstance(value, Divided) else None)
+        shape = Shape(value if isinstance(value, Divided) else None, self._batches[source])
         index = argument(node, 1, "dim", None) if name == "size" else None
         return shape if index is None else shape_entry(shape, index)
 
@@ -216,7 +222,7 @@ class Flow:
             except NotPerNeuron as reason:
                 self._refuse(value.layer, str(reason), node)
         positions = positions_of(module)
-        return Divided(name, width, "channels" if positions else "features", positions)
+        return Divided(name, width, "channels" if positions else "features", positions, self._batches[node])
 
     def _read(self, node: fx.Node, name: str, module: Weighted, value: Divided, problem: str) -> None:
         """Note that a Linear or Conv reads divided neurons."""

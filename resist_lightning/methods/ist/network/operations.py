@@ -27,26 +27,33 @@ class Divided:
         width: number of its neurons.
         form: their place among the dimensions.
         positions: number of dimensions behind them; 0 unless the form is ``channels``.
+        batch: its dimension 0, by the name of the node that made it: tensors with the same name have the same one.
     """
 
     layer: str
     width: int
     form: Form
-    positions: int = 0
+    positions: int
+    batch: str
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number that is the same in a subnet: batch size, number of positions, or a parameter with one entry."""
+    """A number that is the same in a subnet: batch size, number of positions, or a parameter with one entry.
 
-    batch: bool = False
+    Args:
+        batch: the dimension 0 whose size it is, as in :class:`Divided`; empty if it is of none.
+    """
+
+    batch: str = ""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a tensor; ``of`` is None if the tensor is whole."""
+    """The shape of a tensor; ``of`` is None if the tensor is whole, and ``batch`` is its dimension 0."""
 
     of: Divided | None
+    batch: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ _POOLING = frozenset(
     for rank in (1, 2, 3)
 )
 _RESIZING = frozenset({"interpolate", "upsample", "instance_norm"})
+PER_SAMPLE = _ELEMENTWISE | _POOLING | _RESIZING
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 
 
@@ -128,6 +136,16 @@ def operation_name(node: fx.Node) -> str:
     return str(name).rstrip("_")
 
 
+def from_torch(node: fx.Node) -> bool:
+    """Whether a function or method is torch's, or an operator, so that its name says what it does."""
+    return node.op != "call_function" or _home(node).partition(".")[0] in _KNOWN_PACKAGES
+
+
+def _home(node: fx.Node) -> str:
+    # The `__module__` of torch's built-in functions is None.
+    return getattr(node.target, "__module__", None) or "torch"
+
+
 def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
     """The value of a call of a function or method on a tensor with divided neurons, and on other values.
 
@@ -135,11 +153,8 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
         NotPerNeuron: if it is not per neuron.
     """
     name = operation_name(node)
-    # The `__module__` of torch's built-in functions is None.
-    home = getattr(node.target, "__module__", None) or "torch"
-    package = home.partition(".")[0]
-    if node.op == "call_function" and package not in _KNOWN_PACKAGES:
-        raise NotPerNeuron(f"reach {name}(), a function of {home}, which is not traced")
+    if not from_torch(node):
+        raise NotPerNeuron(f"reach {name}(), a function of {_home(node)}, which is not traced")
     # A tensor may be combined with itself, as in `x * sigmoid(x)`: the same neurons meet.
     others = [other for other in others if other != value]
     only_numbers = all(isinstance(other, Number) for other in others)
@@ -195,22 +210,33 @@ def _flatten(node: fx.Node, value: Divided) -> Divided:
     return flatten(value, start, end)
 
 
-def _view(node: fx.Node, value: Divided, others: list[Value]) -> Divided:
-    """Flattening in the form of ``view(batch, -1)``; ``others`` are the values of the sizes."""
+def sizes_of(node: fx.Node, name: str = "shape") -> list[Any]:
+    """The sizes that a call of ``view``, ``reshape`` or ``permute`` is given, one by one or together."""
     sizes = list(node.args[1:])
     if not sizes:
         # `view` and `reshape` name them differently.
-        sizes = [node.kwargs.get("shape", node.kwargs.get("size"))]
+        sizes = [node.kwargs.get(name, node.kwargs.get("size"))]
     if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
         sizes = list(sizes[0])
-    only_batch = others == [Number(batch=True)]
+    return sizes
+
+
+def _view(node: fx.Node, value: Divided, others: list[Value]) -> Divided:
+    """Flattening in the form of ``view(batch, -1)``; ``others`` are the values of the sizes."""
+    sizes, what = sizes_of(node), f"reach {operation_name(node)}()"
     flattens = len(sizes) == 2 and isinstance(sizes[0], fx.Node) and sizes[1] == -1
-    if only_batch and flattens:
-        return flatten(value, 1, -1)
-    raise NotPerNeuron(
-        f"reach {operation_name(node)}() to a shape that is not (x.size(0), -1): a width that is written as a number "
-        f"does not fit a subnet; x.flatten(1) does. If it is a view of heads: {_HEADS}"
-    )
+    if not flattens or len(others) != 1 or not isinstance(others[0], Number) or not others[0].batch:
+        raise NotPerNeuron(
+            f"{what} to a shape that is not (x.size(0), -1): a width that is written as a number does not fit a "
+            f"subnet; x.flatten(1) does. If it is a view of heads: {_HEADS}"
+        )
+    # With another first size, as of clips whose frames were folded into the batch, entries are not in neurons' order.
+    if others[0].batch != value.batch:
+        raise NotPerNeuron(
+            f"{what} to (n, -1), where n is not known to be dimension 0 of the tensor itself: it was read from another "
+            "one, and view, flatten, cat and the like stand between. Where they are equal, x.flatten(1) says so"
+        )
+    return flatten(value, 1, -1)
 
 
 def _pad(node: fx.Node, value: Divided) -> Divided:
@@ -244,10 +270,14 @@ def _reduce(node: fx.Node, value: Divided) -> Divided:
 def shape_entry(shape: Shape, index: Any) -> Value:
     """The value of ``x.shape[index]`` or ``x.size(index)``."""
     of = shape.of
-    if of is None:
-        return Number(batch=index == 0) if isinstance(index, int) else Shape(None)
     if index == 0:
-        return Number(batch=True)
+        return Number(shape.batch)
+    if of is None:
+        if isinstance(index, int):
+            return Number()
+        # The first entry of `x.shape[2:]` is no batch size.
+        from_first = isinstance(index, slice) and index.start in (None, 0) and index.step in (None, 1)
+        return Shape(None, shape.batch if from_first else "")
     if of.form == "channels" and isinstance(index, int):
         is_position = index >= 2 or -of.positions <= index < 0
         if is_position:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from resist_lightning.errors import LayerSelectionError
 from resist_lightning.methods.ist.network.discovery import find_neurons
 from resist_lightning.methods.ist.network.neurons import Cut, HiddenLayer
 from tests.helpers.cutting import cut, masked
@@ -181,6 +183,53 @@ def test_a_cut_network_computes_what_the_masked_one_does(built, data):
     subnet = cut(built.net, neurons, kept)
     with masked(built.net, neurons, kept) as whole, torch.no_grad():
         torch.testing.assert_close(subnet(built.inputs), whole(built.inputs), rtol=1e-10, atol=1e-10)
+
+
+# What stands between reading the size and the layer, the shape of the input.
+KEPT = {
+    "arithmetic": (lambda net, x: net.conv((x - net.mean) / 2), (5, 3, 4, 4)),
+    "a layer and an activation": (lambda net, x: net.conv(net.first(x).relu()), (5, 3, 4, 4)),
+    "pooling": (lambda net, x: net.conv(functional.avg_pool2d(x, 2)), (5, 3, 8, 8)),
+    "channels last": (lambda net, x: net.conv(x.permute(0, 3, 1, 2)), (5, 4, 4, 3)),
+    "permute of a tuple": (lambda net, x: net.conv(torch.permute(x, dims=(0, 3, 1, 2))), (5, 4, 4, 3)),
+    "other dimensions are flattened": (lambda net, x: net.conv(x.flatten(1).view(x.size(0), 3, 4, 4)), (5, 48)),
+    "a view with the batch": (lambda net, x: net.conv(x.view(x.size(0), 3, 4, 4)), (5, 48)),
+    "a new dimension behind it": (lambda net, x: net.conv(x.unsqueeze(1).flatten(1, 2)), (5, 3, 4, 4)),
+    "a part of each sample": (lambda net, x: net.conv(x[:, 1:]), (5, 4, 4, 4)),
+    "a residual addition": (lambda net, x: net.conv(net.first(x) + x), (5, 3, 4, 4)),
+}
+
+
+class Kept(nn.Module):
+    """Reads the batch's size at the beginning, and flattens with it at the end."""
+
+    def __init__(self, path: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.path = path
+        self.first, self.conv, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 6, 3), nn.Linear(24, 2)
+        self.register_buffer("mean", torch.ones(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.size(0)
+        return self.last(self.path(self, x).reshape(size, -1))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_size_of_the_batch_may_be_read_before_operations_that_leave_it(name):
+    path, shape = KEPT[name]
+    net = Kept(path).double()
+    neurons, x = find_neurons(net, "conv"), torch.randn(shape, dtype=torch.double)
+    kept = [[4, 1]]
+    subnet = cut(net, neurons, kept)
+    with masked(net, neurons, kept) as whole, torch.no_grad():
+        torch.testing.assert_close(subnet(x), whole(x))
+
+
+def test_clips_whose_frames_were_folded_into_the_batch_are_not_taken_for_samples():
+    """Columns of the last layer were given to other neurons than their own, in silence."""
+    net = Kept(lambda net, x: net.conv(x.flatten(0, 1)))
+    with pytest.raises(LayerSelectionError, match=r"'conv' cannot .* reach reshape\(\) to .*x\.flatten\(1\) says so"):
+        find_neurons(net)
 
 
 @settings(max_examples=40, deadline=None)
