@@ -35,7 +35,7 @@ from resist_lightning.methods.resist.scaling import ScaleHooks, remove_scale_hoo
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.round_length import in_words
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics, remove_batch_statistics
-from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.optimizer_state import OptimizerStates, ids_of_parameters
 
 _METHODS: dict[type[CommonConfig], tuple[type[Layout], Callable[..., Sync[Any, Any]]]] = {
     Config: (BlockLayout, make_block_sync),
@@ -68,13 +68,9 @@ def make_layout(
     refuse_lazy(module)
     if members == 1:
         _refuse_sync_batch_norm(module)
-    trained: set[int] = set()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            trained.update(map(id, group["params"]))
     layout, _ = _method_of(config)
     with _without_hooks(module):  # the module may be a full model of an earlier fit
-        return layout(module, config, workers, trained or None)
+        return layout(module, config, workers, ids_of_parameters(optimizers) or None)
 
 
 def make_sync(layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device) -> Sync[Any, Any]:

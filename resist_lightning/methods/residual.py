@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.globs import summary
+from resist_lightning.methods.tracing import trains
 from resist_lightning.state.compiled import CompiledCall
 
 _KNOWN_FAMILIES = re.compile(r"^(torchvision|timm)\.models\.resnet$")
@@ -151,12 +152,8 @@ def untrained(module: nn.Module, blocks: Iterable[Block], trained: Collection[in
     """
     blocks = list(blocks)
     networks = {block.network for block in blocks}
-    still = {name for name in networks if not _trains(module.get_submodule(name), trained)}
+    still = {name for name in networks if not trains(module.get_submodule(name).parameters(), trained)}
     return [block for block in blocks if block.network in still]
-
-
-def _trains(network: nn.Module, trained: Collection[int] | None) -> bool:
-    return any(p.requires_grad and (trained is None or id(p) in trained) for p in network.parameters())
 
 
 def why_not(module: nn.Module) -> str | None:

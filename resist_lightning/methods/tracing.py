@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
@@ -211,6 +211,16 @@ def in_training(module: nn.Module) -> Iterator[None]:
         for child, attributes in zip(modules, before, strict=True):
             vars(child).clear()
             vars(child).update(attributes)
+
+
+def trains(parameters: Iterable[Tensor], trained: Collection[int] | None) -> bool:
+    """Whether one of some parameters requires a gradient, and an optimizer has it.
+
+    Args:
+        parameters: the parameters.
+        trained: ids of the parameters that optimizers have; None if they are not known yet.
+    """
+    return any(each.requires_grad and (trained is None or id(each) in trained) for each in parameters)
 
 
 def names_of_tensors(module: nn.Module) -> dict[int, list[str]]:

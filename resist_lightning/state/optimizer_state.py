@@ -248,6 +248,15 @@ class OptimizerStates:
                     yield parameter, tracked, tracked.slots(group, parameter.dim())
 
 
+def ids_of_parameters(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Ids of the parameters that some optimizers have."""
+    found: set[int] = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            found.update(map(id, group["params"]))
+    return found
+
+
 def first_rate(optimizers: Sequence[Optimizer]) -> float | None:
     """The learning rate now: of the first group of the first optimizer; None if there is none."""
     groups = optimizers[0].param_groups if optimizers else []

@@ -50,7 +50,7 @@ class NeuronLayout(Layout):
     ) -> None:
         super().__init__(module, config, workers, trained)
         self.config: NeuronConfig = config
-        self.neurons = find_neurons(module, config.layers)
+        self.neurons = find_neurons(module, config.layers, trained)
         self.schedule = make_schedule(config, tuple(layer.width for layer in self.neurons.layers), workers)
         for layer, counts in zip(self.neurons.layers, self.schedule.counts(0), strict=True):
             if min(counts) == 0:

@@ -25,6 +25,7 @@ from resist_lightning.methods.simulation import SimulatedWorker, clock_of, mean_
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics
 from resist_lightning.state.input_recorder import InputRecorder
+from resist_lightning.state.optimizer_state import ids_of_parameters
 
 Slot: TypeAlias = tuple[int, str, str]
 """Number of an optimizer, name of a parameter, key in its optimizer state."""
@@ -53,7 +54,6 @@ class NeuronSimulator:
         total_steps: int | None = None,
     ) -> None:
         self.config = config
-        self.neurons = find_neurons(module, config.layers)
         self._template = copy.deepcopy(module)
         self.full: dict[str, Tensor] = {}
         for name, tensor in named_tensors(module).items():
@@ -61,6 +61,7 @@ class NeuronSimulator:
         self.workers = []
         for _ in range(workers):
             self.workers.append(self._make_worker(copy.deepcopy(module), make_optimizers))
+        self.neurons = find_neurons(module, config.layers, self._trained(module))
         self.config = config = config.for_optimizers(self.workers[0].optimizers)
         self.clock = clock_of(config, self.workers)
         self.schedule = make_schedule(config, tuple(layer.width for layer in self.neurons.layers), workers)
@@ -103,6 +104,12 @@ class NeuronSimulator:
     def partitions(self) -> tuple[Partition, ...]:
         """The partitions of the hidden layers in this round."""
         return self.schedule.partitions(self.clock.round)
+
+    def _trained(self, module: nn.Module) -> set[int]:
+        """Ids of the parameters that a worker's optimizers would have, if they were built on ``module``."""
+        worker, named = self.workers[0], dict(module.named_parameters())
+        trained = ids_of_parameters(worker.optimizers)
+        return {id(named[name]) for name, parameter in worker.module.named_parameters() if id(parameter) in trained}
 
     def _make_worker(self, module: nn.Module, make_optimizers: Callable[[nn.Module], Any]) -> SimulatedWorker:
         made = make_optimizers(module)

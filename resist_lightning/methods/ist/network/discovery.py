@@ -7,7 +7,7 @@ their first dimension. See docs/decisions/0015-finding-neurons.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -19,26 +19,27 @@ from resist_lightning.methods.ist.config import LayerChoice
 from resist_lightning.methods.ist.network.flow import Flow, Layer
 from resist_lightning.methods.ist.network.neurons import Cut, HiddenLayer, Neurons, Size
 from resist_lightning.methods.ist.network.tracing import Traced, Weighted, trace
-from resist_lightning.methods.tracing import names_of_tensors
+from resist_lightning.methods.tracing import names_of_tensors, trains
 
 _SHOWN = 5
 
 
-def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
+def find_neurons(module: nn.Module, choice: LayerChoice = None, trained: Collection[int] | None = None) -> Neurons:
     """Find the hidden layers of a module, and all tensors and sizes that are divided with their neurons.
 
     Args:
         module: the user's module, a LightningModule or any other; nothing in it is changed. One without a forward of
             its own is traced child by child, and inputs and outputs of a child are whole.
-        choice: None for all hidden layers, a glob or a list of globs that match the last parts of their names
-            (``"encoder.*"``), or a predicate of (name, module), which is asked for each hidden layer. Layers that
-            are not chosen stay whole, and are shared.
+        choice: None for all hidden layers but those that neither train themselves nor are read by layers that do; a
+            glob or a list of globs that match the last parts of their names (``"encoder.*"``), or a predicate of (name,
+            module), which is asked for each hidden layer. Layers that are not chosen stay whole, and are shared.
+        trained: ids of the parameters that optimizers have; None if they are not known yet.
 
     Raises:
         LayerSelectionError: if the module cannot be traced, has no hidden layer, a glob or predicate chooses none, or
             a chosen layer cannot be divided.
     """
-    traces = trace(module, _chooser(choice))
+    traces = trace(module, _chooser(choice), trained)
     # A user who names the layers has decided which of two equal networks is meant.
     if choice is None:
         _refuse_twins(traces)
@@ -46,9 +47,13 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
     layers: list[Layer] = []
     for flow in flows:
         layers += [layer for layer in flow.layers.values() if layer.hidden]
+    # A user who names the layers may train them later.
+    if choice is None:
+        layers = [layer for layer in layers if _is_trained(module, layer, trained)]
     if not layers:
         raise LayerSelectionError(
-            "nothing to deal out: there is no Linear or Conv whose neurons reach another one in the same forward. "
+            "nothing to deal out: there is no Linear or Conv whose neurons reach another one in the same forward, "
+            "or none of these trains (frozen, or in no optimizer). "
             f"Seen: {_seen(module)}. A LightningModule without a forward of its own is searched child by child; "
             "modules made by torch.compile are not searched."
         )
@@ -65,6 +70,13 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
         if switches:
             assumed.append((traced.prefix.rstrip("."), switches))
     return replace(_assemble(chosen), assumed=tuple(assumed))
+
+
+def _is_trained(module: nn.Module, layer: Layer, trained: Collection[int] | None) -> bool:
+    """Whether some weight of a layer trains, or of those that read it; a part of it would teach nobody else."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    parameters = [named[name] for name in (*layer.rows, *layer.columns) if name in named]
+    return trains(parameters, trained)
 
 
 def describe(neurons: Neurons) -> str:
@@ -102,7 +114,8 @@ def _refuse_twins(traces: Iterable[Traced]) -> None:
             raise LayerSelectionError(
                 f"the networks {first[:-1]!r} and {second[:-1]!r} have tensors of the same names and shapes. If "
                 "weights are copied from one to the other (a target network, a moving average), they cannot both be "
-                f"dealt out: their neurons go to different workers. Name the layers to deal out: {[f'{first}*']}, or "
+                f"dealt out: their neurons go to different workers. Freeze the one that does not train "
+                f"(requires_grad_(False)), or name the layers to deal out: {[f'{first}*']}, or "
                 f"{[f'{first}*', f'{second}*']} if nothing is copied."
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from resist_lightning.methods.tracing import (
     in_training,
     is_leaf,
     left_behind,
+    trains,
 )
 from resist_lightning.state.random_state import random_numbers_apart
 
@@ -50,7 +51,11 @@ class Traced:
         return f"{self.prefix}{node.target}", self.module.get_submodule(str(node.target))
 
 
-def trace(module: nn.Module, wanted: Callable[[str, nn.Module], bool] = lambda *_: True) -> list[Traced]:
+def trace(
+    module: nn.Module,
+    wanted: Callable[[str, nn.Module], bool] = lambda *_: True,
+    trained: Collection[int] | None = None,
+) -> list[Traced]:
     """Trace a module as it computes in training.
 
     A module without a forward of its own (a LightningModule that has only steps, a ModuleDict) is traced child by
@@ -60,13 +65,14 @@ def trace(module: nn.Module, wanted: Callable[[str, nn.Module], bool] = lambda *
         module: the user's module.
         wanted: predicate of the name and module of each Linear and Conv; a child that cannot be traced, and has none
             that is wanted, is left out.
+        trained: ids of the parameters that optimizers have; None if they are not known yet.
 
     Raises:
         LayerSelectionError: if torch.fx cannot trace it.
     """
     found = []
     with random_numbers_apart(), in_training(module):  # a forward that is traced may draw random numbers
-        for prefix, root in _roots(module, ""):
+        for prefix, root in _roots(module, "", trained):
             try:
                 found.append(_trace(root, prefix))
             except LayerSelectionError:
@@ -83,24 +89,20 @@ def _any_wanted(root: nn.Module, prefix: str, wanted: Callable[[str, nn.Module],
     return False
 
 
-def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _roots(module: nn.Module, prefix: str, trained: Collection[int] | None) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules with a forward of their own, as far as they have layers that train."""
     # Modules inside a module with a forward are traced with it.
     if has_forward(module):
-        if not is_leaf(module) and _has_weights(module) and _trains(module):
+        # A network that does not train (a teacher, a perceptual loss) stays whole: a subnet of it computes another.
+        if not is_leaf(module) and _has_weights(module) and trains(module.parameters(), trained):
             yield prefix, module
         return
     for name, child in module.named_children():
-        yield from _roots(child, f"{prefix}{name}.")
+        yield from _roots(child, f"{prefix}{name}.", trained)
 
 
 def _has_weights(module: nn.Module) -> bool:
     return any(isinstance(child, Weighted) for child in module.modules())
-
-
-def _trains(module: nn.Module) -> bool:
-    """A frozen network (a teacher, a perceptual loss) stays whole: a subnet of it computes something else."""
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _trace(root: nn.Module, prefix: str) -> Traced:

@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
+from resist_lightning import Engine, NeuronConfig, NeuronSimulator
 from resist_lightning.errors import LayerSelectionError
 from resist_lightning.methods.ist.network.discovery import describe, find_neurons
 from resist_lightning.methods.ist.network.neurons import Cut, HiddenLayer, Neurons, Size
@@ -19,8 +20,10 @@ from tests.helpers.hand_written import DEPTH, Encoder
 from tests.helpers.nets import on_meta
 
 
-def found(module, choice=None):
-    return [layer.name for layer in find_neurons(module, choice).layers]
+def found(module, choice=None, trained=None):
+    """Names of the hidden layers; ``trained`` is the part of the module whose parameters an optimizer has."""
+    ids = None if trained is None else {id(parameter) for parameter in trained.parameters()}
+    return [layer.name for layer in find_neurons(module, choice, ids).layers]
 
 
 def chain(*widths):
@@ -324,6 +327,52 @@ class Taught(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.student, self.teacher = chain(4, 6, 2), chain(4, 6, 6, 2).requires_grad_(False)
+
+
+def test_a_teacher_that_no_optimizer_has_stays_whole():
+    """It requires gradients, as a module does that nobody told otherwise."""
+    both = Taught().requires_grad_(True)
+    assert found(both) == ["student.0", "teacher.0", "teacher.2"]
+    assert found(both, trained=both.student) == ["student.0"]
+
+
+class Finetuned(nn.Module):
+    """A head on a pretrained network, both in one forward."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.backbone, self.head = chain(4, 6, 7, 5), chain(5, 8, 3)
+        self.backbone.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "in no optimizer"])
+def test_layers_that_do_not_train_stay_whole_unless_they_are_named(frozen):
+    """They were dealt out, so a head learned from a random part of what its backbone had learned."""
+    net = Finetuned(frozen)
+    # The last layer of the backbone computes what it did, and the head that trains has columns of its neurons.
+    assert found(net, trained=net.head) == ["backbone.4", "head.0"]
+    assert found(net, ["backbone.*"], trained=net.head) == ["backbone.0", "backbone.2", "backbone.4"]
+    net.backbone[0].bias.requires_grad_(True)
+    assert found(net, trained=net) == (
+        ["backbone.0", "backbone.4", "head.0"] if frozen else ["backbone.0", "backbone.2", "backbone.4", "head.0"]
+    )
+
+
+def test_a_network_of_which_nothing_trains_has_nothing_to_deal_out():
+    net = chain(4, 6, 3)
+    with pytest.raises(LayerSelectionError, match=r"nothing to deal out.* none of these trains \(frozen, or in no opt"):
+        found(net, trained=nn.Linear(2, 2))
+
+
+def test_processes_and_the_simulator_leave_the_same_layers_whole():
+    net, config = Finetuned(frozen=False), NeuronConfig(local_steps=2)
+    engine = Engine(net, [torch.optim.SGD(net.head.parameters(), 0.1)], config)
+    simulator = NeuronSimulator(net, lambda copy: torch.optim.SGD(copy.head.parameters(), 0.1), config, 2)
+    assert engine.layout.neurons == simulator.neurons
+    assert engine.layout.parts() == ["backbone.4", "head.0"]
 
 
 def test_a_frozen_network_beside_the_trained_one_stays_whole():
