@@ -114,6 +114,23 @@ class OptimizerStates:
                     f"{name} is a copy of the weights; use momentum={instead}."
                 )
 
+    def warn_of_counts(self, momentum: str) -> None:
+        """Warn of counts that go on for a whole parameter while single entries of it arrive with zeros."""
+        for tracked in self._tracked:
+            counts: set[str] = set()
+            for slots in tracked.findings.slots.values():
+                if any(slot.shaped for slot in slots.values()):
+                    counts.update(key for key, slot in slots.items() if not slot.shaped)
+            if counts:
+                warnings.warn(
+                    f"{type(tracked.optimizer).__name__} counts the steps of a whole parameter "
+                    f"({', '.join(sorted(counts))}). With momentum={momentum!r} entries that arrive without state get "
+                    "zeros while that count goes on, so a correction by it, as Adam's, is left out for them: their "
+                    "steps are several times as long as the learning rate says. Use momentum='reset' or an "
+                    "optimizer without a count, such as SGD.",
+                    stacklevel=4,
+                )
+
     def check_reset_by_parameter(self) -> None:
         """Check that the state of some parameters can restart without that of the others.
 

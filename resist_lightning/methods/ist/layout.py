@@ -115,6 +115,12 @@ class NeuronLayout(Layout):
         """Number of neurons of a hidden layer that a worker holds in ``round``; equal in all rounds without stages."""
         return self.schedule.counts(round)[layer][worker]
 
+    @property
+    def leaves_out_neurons(self) -> bool:
+        """Whether some worker lacks a neuron, which will arrive; the first round has the fewest."""
+        counts = self.schedule.counts(0)
+        return any(min(held) < layer.width for layer, held in zip(self.neurons.layers, counts, strict=True))
+
     def inner(self) -> dict[str, Cut]:
         """The tensors with hidden neurons on both sides, by name; their slices together are only a part of them."""
         inner = {}

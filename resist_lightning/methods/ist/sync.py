@@ -38,6 +38,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         super().__init__(layout, states, collective, device)
         if layout.config.momentum in ("keep", "travel"):
             states.check_travel(layout.config.momentum, instead="'reset'", cut=True)
+            if layout.leaves_out_neurons and collective.rank == 0:
+                states.warn_of_counts(layout.config.momentum)
         self._messages = Messages(collective, device)
         self._parts = Parts(layout, states, collective.worker, device)
         self._subnet = self._parts.subnet

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
-from resist_lightning import Engine, NeuronConfig
+from resist_lightning import Engine, NeuronConfig, NeuronSimulator
 from resist_lightning.methods.ist.layout import NeuronLayout
 from tests.helpers.ist import ONE_AT_A_TIME, Run, batch_of, make_net, plain_training, slice_of, start_engine
 from tests.helpers.threads import run_threads
@@ -107,6 +111,60 @@ def test_state_from_before_the_start_is_cut_like_its_parameter(workers, momentum
             waited = ~torch.isin(mine, trained)
             assert waited.any() == (workers > 1)
             assert torch.equal(state[waited], before.view(-1)[mine][waited])
+
+
+def longest_step(momentum):
+    """The longest step at the end of a long training with a constant gradient, by the learning rate; Adam's is 1."""
+    config = NeuronConfig(local_steps=10, momentum=momentum)
+    make = partial(torch.optim.Adam, lr=1e-3)
+    net = nn.Sequential(nn.Linear(4, 16, bias=False), nn.ReLU(), nn.Linear(16, 2))
+    simulator = NeuronSimulator(net, lambda copy: make(copy.parameters()), config, 2)
+    for _ in range(300):
+        for worker in simulator.workers:
+            weight = worker.module[0].weight
+            before = weight.detach().clone()
+            weight.grad = torch.ones_like(weight)
+            worker.optimizers[0].step()
+            if worker is simulator.workers[0]:
+                moved = (before - weight.detach()) / 1e-3
+        simulator.after_step()
+    return moved.max().item()
+
+
+def test_entries_that_arrive_take_long_steps_under_adam_as_the_warning_says():
+    """The count of steps is the parameter's, and goes on; the warning gives the way out."""
+    assert longest_step("keep") > 3
+    assert longest_step("reset") == pytest.approx(1, rel=1e-3)
+
+
+ADAM, SGD = torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "workers", "said"),
+    [
+        (ADAM, {"momentum": "keep"}, 2, True),
+        (ADAM, {"momentum": "travel"}, 2, True),
+        (ADAM, {"momentum": "reset"}, 2, False),
+        (ADAM, {"momentum": "keep", "min_share": 1}, 2, False),
+        (ADAM, {"momentum": "keep"}, 1, False),
+        (SGD, {"momentum": "keep"}, 2, False),
+    ],
+)
+def test_an_optimizer_that_counts_steps_is_named_where_entries_arrive(make, settings, workers, said):
+    def start(collective):
+        with ONE_AT_A_TIME:
+            net = make_net(Run(NeuronConfig(), 0))
+            Engine(net, [make(net.parameters(), lr=0.1)], NeuronConfig(**settings), collective=collective)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_threads(start, workers)
+    texts = [str(warning.message) for warning in caught if "counts the steps" in str(warning.message)]
+    assert len(texts) == said, "once, not by every worker"
+    if said:
+        assert "AdamW counts the steps of a whole parameter (step). With momentum=" in texts[0]
+        assert "Use momentum='reset' or" in texts[0]
 
 
 def train_on_after_the_end(collective, run):
