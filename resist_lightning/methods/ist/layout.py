@@ -39,6 +39,8 @@ class NeuronLayout(Layout):
     Attributes:
         neurons: the hidden layers, and the division of tensors among their neurons.
         shapes: by name, the shapes of divided tensors in the full model.
+        trained_norms: names of norms that have trained in subnets, so that their running statistics are those of a sum
+            over fewer neurons.
 
     Raises:
         LayerSelectionError: if the layers cannot be cut as asked, or one has fewer neurons than there are workers.
@@ -60,6 +62,7 @@ class NeuronLayout(Layout):
                     "leave the layer whole: choose others with `layers`."
                 )
         self._refuse_single_neurons()
+        self.trained_norms: set[str] = set()
         tensors = named_tensors(module)
         cuts = self.neurons.cuts
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in cuts}
@@ -152,6 +155,14 @@ class NeuronLayout(Layout):
     @override
     def state_dict(self) -> dict[str, Any]:
         return self.schedule.state_dict()
+
+    @override
+    def seen(self) -> dict[str, Any]:
+        return {"trained_norms": sorted(self.trained_norms)}
+
+    @override
+    def assume(self, seen: Mapping[str, Any]) -> None:
+        self.trained_norms.update(seen.get("trained_norms", ()))
 
     @override
     def parts(self) -> list[str]:

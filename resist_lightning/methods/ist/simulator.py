@@ -67,6 +67,7 @@ class NeuronSimulator:
         self.schedule = make_schedule(config, tuple(layer.width for layer in self.neurons.layers), workers)
         if config.needs_total_steps:
             self.schedule = plan_end(self.schedule, config, self.clock, total_steps)
+        self._trained_norms: set[str] = set()
         self._hooks: list[RemovableHandle] = []
         self._travelling: dict[Slot, Tensor] = {}
         self._begin_round([{} for _ in self.workers])
@@ -74,6 +75,9 @@ class NeuronSimulator:
     def after_step(self) -> None:
         """Count a local step of all workers, and sync if the round is complete."""
         self.clock.tick()
+        for _, _, norms in self.neurons.rescaled_if_frozen:
+            module = self.workers[0].module
+            self._trained_norms.update(name for name in norms if module.get_submodule(name).training)
         if self.clock.due:
             self.full = self._written_back()
             # Read before the partition changes with the round.
@@ -238,6 +242,17 @@ class NeuronSimulator:
             hook = partial(_scaled, self.neurons.layers[layer].width / len(held))
             module = worker.module.get_submodule(name)
             self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for name, layer, norms in self.neurons.rescaled_if_frozen:
+            held = self.partitions()[layer].held[index]
+            hook = partial(self._scaled_if_frozen, worker, norms, self.neurons.layers[layer].width / len(held))
+            module = worker.module.get_submodule(name)
+            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _scaled_if_frozen(self, worker: SimulatedWorker, norms: Sequence[str], factor: float, *call: Any) -> Any:
+        """Scale the input before norms whose statistics are from before the training, and stay."""
+        modes = {name: worker.module.get_submodule(name).training for name in norms}
+        still = [name for name, training in modes.items() if not training and name not in self._trained_norms]
+        return _scaled(factor, *call) if still else None
 
 
 def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -76,9 +76,20 @@ class Subnet:
         # Also after an evaluation, in which the full model computes without them.
         for name, layer in layout.neurons.rescaled:
             self._hook(name, partial(_scaled, layers[layer].width / widths[layer]))
+        for name, layer, norms in layout.neurons.rescaled_if_frozen:
+            behind = {norm: layout.module.get_submodule(norm) for norm in norms}
+            scaled = partial(_scaled, layers[layer].width / widths[layer])
+            self._hook(name, partial(_if_frozen, scaled, behind, layout))
         for name, values in layout.neurons.assumed:
             self._hook(name, partial(_as_traced, name, values))
         return True
+
+    def note_norms(self) -> None:
+        """Note the norms that have trained in a local step: outside of hooks, as these may be compiled."""
+        for _, _, norms in self._layout.neurons.rescaled_if_frozen:
+            for name in norms:
+                if self._layout.module.get_submodule(name).training:
+                    self._layout.trained_norms.add(name)
 
     def widen(self, name: str) -> None:
         """Make a tensor the full one, with memory that the caller must fill; :meth:`hold` brings its gradient back."""
@@ -144,6 +155,18 @@ def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if args:
         return (args[0] * factor, *args[1:]), kwargs
     return args, {**kwargs, "input": kwargs["input"] * factor}
+
+
+def _if_frozen(
+    scaled: Callable[..., tuple[Any, Any]], norms: Mapping[str, nn.Module], layout: NeuronLayout, *call: Any
+) -> tuple[Any, Any] | None:
+    """Scale a layer's input where a norm behind it has fixed statistics, those of the sum over all neurons."""
+    # Asked at each call: programs freeze norms when the training has begun, and compute in evaluation mode.
+    for name, norm in norms.items():
+        # In this order, as a compiled network would be compiled anew when the set changes.
+        if not norm.training and name not in layout.trained_norms:
+            return scaled(*call)
+    return None
 
 
 def _as_traced(

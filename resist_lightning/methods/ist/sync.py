@@ -53,6 +53,10 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         return list(self._subnet.tensors.values())
 
     @override
+    def end_step(self) -> None:
+        self._subnet.note_norms()
+
+    @override
     def make_room(self, round: int) -> None:
         self._subnet.hold(round)
         if self._layout.workers > 1:

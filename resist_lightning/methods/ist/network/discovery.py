@@ -207,6 +207,7 @@ def _assemble(layers: Sequence[Layer]) -> Neurons:
     columns: dict[str, tuple[int, int]] = {}
     sizes: list[Size] = []
     rescaled: list[tuple[str, int]] = []
+    if_frozen: list[tuple[str, int, tuple[str, ...]]] = []
     for index, layer in enumerate(layers):
         rows.update(dict.fromkeys(layer.rows, index))
         for name, repeat in layer.columns.items():
@@ -214,13 +215,14 @@ def _assemble(layers: Sequence[Layer]) -> Neurons:
         for name, attribute, repeat in layer.sizes:
             sizes.append(Size(name, attribute, index, repeat))
         rescaled += [(name, index) for name in layer.rescaled]
+        if_frozen += [(name, index, norms) for name, norms in layer.rescaled_if_frozen.items()]
     # A weight between two hidden layers is in both.
     cuts = {}
     for name in {**rows, **columns}:
         column, repeat = columns.get(name, (None, 1))
         cuts[name] = Cut(rows.get(name), column, repeat)
     hidden = tuple(HiddenLayer(layer.name, layer.width) for layer in layers)
-    return Neurons(hidden, cuts, tuple(sizes), tuple(rescaled))
+    return Neurons(hidden, cuts, tuple(sizes), tuple(rescaled), tuple(if_frozen))
 
 
 def _switches(defaults: dict[str, object]) -> dict[str, object]:

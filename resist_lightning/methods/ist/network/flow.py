@@ -13,17 +13,16 @@ from resist_lightning.methods.ist.network.modules import (
     ELEMENTWISE,
     MIXING_POSITIONS,
     NORMS,
-    TRANSPARENT,
     cannot_cut,
     inputs_of,
     norm_size,
+    norms_behind,
     outputs_of,
     positions_of,
     titled,
     torch_class,
 )
 from resist_lightning.methods.ist.network.operations import (
-    DROPOUTS,
     Divided,
     NotPerNeuron,
     Number,
@@ -56,6 +55,7 @@ class Layer:
         columns: names of tensors whose dimension 1 they are, with the entries per neuron.
         sizes: module, attribute and entries per neuron of the attributes that change with the subnet.
         rescaled: layers that read them, with no norm straight behind.
+        rescaled_if_frozen: layers that read them, with norms of these names straight behind that may be frozen.
         problems: reasons why they cannot be divided; each continues "its neurons".
     """
 
@@ -66,6 +66,7 @@ class Layer:
     columns: dict[str, int] = field(default_factory=dict)
     sizes: list[tuple[str, str, int]] = field(default_factory=list)
     rescaled: list[str] = field(default_factory=list)
+    rescaled_if_frozen: dict[str, tuple[str, ...]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -235,23 +236,12 @@ class Flow:
         layer = self.layers[value.layer]
         layer.columns[f"{name}.weight"] = repeat
         layer.sizes.append((name, attribute, repeat))
-        # A norm makes up for the smaller sum.
-        if not self._goes_into_norm(node):
+        norms = norms_behind(self._traced, node)
+        if norms is None:
             layer.rescaled.append(name)
-
-    def _goes_into_norm(self, node: fx.Node) -> bool:
-        """Whether only norms read a node, perhaps behind identities and dropout."""
-        for user in node.users:
-            if user.op == "call_module":
-                _, module = self._traced.called(user)
-                if isinstance(module, NORMS):
-                    continue
-                transparent = isinstance(module, TRANSPARENT)
-            else:
-                transparent = operation_name(user) in DROPOUTS
-            if not transparent or not self._goes_into_norm(user):
-                return False
-        return bool(node.users)
+        # A norm makes up for the smaller sum, unless it is frozen, with the statistics of the sum over all neurons.
+        elif norms:
+            layer.rescaled_if_frozen[name] = tuple(norms)
 
     def _norm(self, node: fx.Node, name: str, module: nn.Module, value: Divided) -> Divided:
         attribute = norm_size(name, module, value)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules import batchnorm, conv, dropout, instancenorm, lazy, padding, pooling
 
 from resist_lightning.comm.tensors import named_tensors
-from resist_lightning.methods.ist.network.operations import Divided, NotPerNeuron
-from resist_lightning.methods.ist.network.tracing import Weighted
+from resist_lightning.methods.ist.network.operations import DROPOUTS, Divided, NotPerNeuron, operation_name
+from resist_lightning.methods.ist.network.tracing import Traced, Weighted
 
 NORMS = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 TRANSPARENT = (nn.Identity, dropout._DropoutNd)
@@ -66,6 +66,31 @@ def norm_size(name: str, module: nn.Module, value: Divided) -> str:
             f"({module.extra_repr()}); after a convolution it must stand before the flattening"
         )
     return attribute
+
+
+def norms_behind(traced: Traced, node: fx.Node) -> list[str] | None:
+    """Names of the norms with running statistics, where only norms read a node, perhaps behind identities and dropout.
+
+    None if anything else reads it, or nothing does.
+    """
+    if not node.users:
+        return None
+    found: list[str] = []
+    for user in node.users:
+        if user.op == "call_module":
+            name, module = traced.called(user)
+            if isinstance(module, NORMS):
+                if getattr(module, "running_mean", None) is not None:
+                    found.append(name)
+                continue
+            transparent = isinstance(module, TRANSPARENT)
+        else:
+            transparent = operation_name(user) in DROPOUTS
+        behind = norms_behind(traced, user) if transparent else None
+        if behind is None:
+            return None
+        found += behind
+    return found
 
 
 def titled(name: str, module: nn.Module) -> str:

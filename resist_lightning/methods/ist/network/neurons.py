@@ -75,6 +75,8 @@ class Neurons:
         sizes: the attributes that change with the subnet.
         rescaled: name of a Linear or Conv, and index of the hidden layer of its input. No norm directly follows it, so
             that the sum over fewer neurons must be scaled in a subnet.
+        rescaled_if_frozen: the same, and the names of norms with running statistics that directly follow. In evaluation
+            mode these do not make up for the smaller sum, which is then scaled, too.
         assumed: name of a module that was traced, and the values that optional arguments of its forward had then. With
             other values the neurons may go elsewhere.
     """
@@ -83,4 +85,5 @@ class Neurons:
     cuts: dict[str, Cut]
     sizes: tuple[Size, ...]
     rescaled: tuple[tuple[str, int], ...]
+    rescaled_if_frozen: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
     assumed: tuple[tuple[str, dict[str, object]], ...] = ()

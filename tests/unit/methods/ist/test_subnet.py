@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from resist_lightning import NeuronConfig
+from resist_lightning import NeuronConfig, NeuronSimulator
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.methods.ist.subnet import Subnet
 from tests.helpers.cutting import spread
-from tests.helpers.ist import Run, batch_of, make_net, masked_forward, slice_of, start_engine
+from tests.helpers.ist import Run, batch_of, make_net, make_optimizer, masked_forward, slice_of, start_engine
 from tests.helpers.threads import run_threads
-from tests.helpers.training import clone_state
+from tests.helpers.training import assert_equal_states, clone_state, train_step
 
 WORKERS = 3
 
@@ -21,6 +23,8 @@ def silenced(net, engine, held, x):
     """Outputs of the full model with zeros for other neurons; where no norm follows, inputs are scaled."""
     neurons = engine.layout.neurons
     scaled = dict(neurons.rescaled)
+    if not net.training:  # norms with fixed statistics do not make up for the smaller sum
+        scaled.update({name: layer for name, layer, _ in neurons.rescaled_if_frozen})
     handles = []
     for name, cut in neurons.cuts.items():
         if cut.columns is None:
@@ -83,6 +87,100 @@ def test_where_no_norm_follows_the_mean_over_subnets_of_a_linear_network_is_the_
     x, _ = batch_of(run, 0, 0)
     results, _ = run_threads(linear_part, 2, run, x)
     torch.testing.assert_close(sum(results) / 2, full[2](full[1](full[0](x))))
+
+
+def part_before_a_norm(collective, run, x, trained):
+    """Outputs of two layers and a batch norm in evaluation mode, which may have trained in a subnet before."""
+    engine, optimizer = start_engine(run, collective)
+    first, norm, activation, second, next_norm, *_ = engine.module
+    if trained:
+        train_step(engine.module, optimizer, (x, torch.zeros(len(x), dtype=torch.long)))
+        engine.count_step()
+    norm.eval(), next_norm.eval()
+    before = second(activation(norm(first(x)))).detach()
+    out, statistics = next_norm(before).detach(), next_norm.running_mean.clone()
+    plain = nn.functional.linear(activation(norm(first(x))), second.weight, second.bias).detach()
+    engine.abandon()
+    return before, out, plain, engine.layout.seen(), statistics
+
+
+def test_before_a_frozen_batch_norm_the_sum_is_scaled():
+    """Its statistics are those of the sum over all neurons: the mean over subnets was half of it."""
+    run = Run(NeuronConfig(layers="0"), 0, "biased")
+    full, (x, _) = make_net(run), batch_of(run, 0, 0)
+    full[1].eval(), full[4].eval()
+    results, _ = run_threads(part_before_a_norm, 2, run, x, False)
+    torch.testing.assert_close(sum(out for _, out, *_ in results) / 2, full[:5](x))
+    assert all(seen == {"trained_norms": []} for *_, seen, _ in results)
+
+
+def test_before_a_batch_norm_with_a_subnets_own_statistics_nothing_is_scaled():
+    """As where a program freezes it in the middle of the training, or computes targets in evaluation mode."""
+    run = Run(NeuronConfig(layers="0"), 0, "biased")
+    x, _ = batch_of(run, 0, 0)
+    for before, _, plain, seen, _ in run_threads(part_before_a_norm, 2, run, x, True)[0]:
+        assert torch.equal(before, plain)
+        assert seen == {"trained_norms": ["4"]}, "the first norm is behind the inputs, which are whole"
+
+
+def test_a_resumed_run_knows_whose_statistics_its_norms_have():
+    layout = NeuronLayout(make_net(Run(NeuronConfig(), 0, "biased")), NeuronConfig(), 2)
+    layout.assume({"trained_norms": ["4"]})
+    assert layout.seen() == {"trained_norms": ["4"]}
+    layout.assume({})  # a checkpoint of an older version
+
+
+def train_frozen(net, optimizer, batch, frozen):
+    net.train()
+    for norm in (net[1], net[4]):
+        norm.train(not frozen)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+FREEZINGS = {"from the beginning": (True,) * 6, "later": (False,) * 3 + (True,) * 3, "at first": (True, *[False] * 5)}
+
+
+@pytest.mark.parametrize("name", FREEZINGS)
+def test_workers_with_frozen_norms_train_as_in_the_simulator(name):
+    run = Run(NeuronConfig(local_steps=2, batch_norm="running"), 6, "biased")
+
+    def train(collective):
+        engine, optimizer = start_engine(run, collective)
+        for step, frozen in enumerate(FREEZINGS[name]):
+            train_frozen(engine.module, optimizer, batch_of(run, collective.worker, step), frozen)
+            engine.after_step()
+        engine.finish()
+        return clone_state(engine.module)
+
+    simulator = NeuronSimulator(make_net(run), lambda net: make_optimizer(run, net), run.config, 2)
+    for step, frozen in enumerate(FREEZINGS[name]):
+        for number, worker in enumerate(simulator.workers):
+            train_frozen(worker.module, worker.optimizers[0], batch_of(run, number, step), frozen)
+        simulator.after_step()
+    expected = clone_state(simulator.full_model())
+    for state in run_threads(train, 2)[0]:
+        assert_equal_states(state, expected)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_compiled_network_with_norms_is_one_graph_that_stays(frozen):
+    layout = NeuronLayout(net := make_net(Run(NeuronConfig(), 0, "biased")), NeuronConfig(), 2)
+    subnet, graphs = Subnet(layout, 0), []
+    subnet.hold(0)
+    for norm in (net[1], net[4]):
+        norm.train(not frozen)
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    net.compile(backend=count, fullgraph=True)
+    for _ in range(3):
+        net(torch.ones(4, 6))
+        subnet.note_norms()
+    assert len(graphs) == 1
 
 
 def linear_part(collective, run, x):

@@ -155,6 +155,21 @@ def test_a_sum_that_no_norm_follows_straight_is_rescaled(behind, rescaled, last)
     assert "0" not in dict(find_neurons(net).rescaled)
 
 
+@pytest.mark.parametrize(
+    ("behind", "norms"),
+    [
+        ([nn.BatchNorm1d(6)], ("3",)),
+        ([nn.Identity(), nn.Dropout(), nn.BatchNorm1d(6)], ("5",)),
+        ([nn.BatchNorm1d(6, track_running_stats=False)], None),
+        ([nn.LayerNorm(6)], None),
+        ([nn.ReLU(), nn.BatchNorm1d(6)], None),
+    ],
+)
+def test_norms_that_make_up_for_a_smaller_sum_only_while_they_train_are_named(behind, norms):
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 6), *behind, nn.Linear(6, 2))
+    assert find_neurons(net).rescaled_if_frozen == (() if norms is None else (("2", 0, norms),))
+
+
 def test_a_sum_that_goes_into_a_norm_and_elsewhere_is_rescaled():
     class Two(nn.Module):
         def __init__(self) -> None:
