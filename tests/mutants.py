@@ -708,6 +708,27 @@ MUTANTS = (
         ("tests/unit/methods/ist/test_layout.py",),
     ),
     Mutant(
+        "any size of a batch flattens any tensor",
+        "methods/ist/network/operations.py",
+        "if others[0].batch != value.batch:",
+        "if False:",
+        ("tests/unit/methods/ist/network/test_flow.py",),
+    ),
+    Mutant(
+        "neurons of a frozen backbone are dealt out",
+        "methods/ist/network/discovery.py",
+        "if _is_trained(module, layer, trained)]",
+        "if layer.name]",
+        ("tests/unit/methods/ist/network/test_discovery.py",),
+    ),
+    Mutant(
+        "a frozen norm gets the sum of a subnet",
+        "methods/ist/subnet.py",
+        "if not norm.training and name not in layout.trained_norms:",
+        "if False:",
+        ("tests/unit/methods/ist/test_subnet.py",),
+    ),
+    Mutant(
         "neurons in the default memory format",
         "methods/ist/subnet.py",
         "replace_memory(name, tensor, empty.permute(places))",
