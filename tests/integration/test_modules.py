@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from resist_lightning import Config
 from tests.helpers.auxnet import make_stages
-from tests.helpers.plain import Classifier, Late, batch_of, held_out
+from tests.helpers.plain import Classifier, Late, batch_of, held_out, make_net
 from tests.helpers.processes import run_workers
 from tests.helpers.trainers import (
     fit,
@@ -80,12 +80,14 @@ def by_name(found: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 class Different(Classifier):
-    """A module that calls itself, with other weights and statistics on every worker but worker 0."""
+    """A module that calls itself, built in ``setup``: with other weights and statistics on all workers but worker 0."""
 
     def __init__(self) -> None:
         super().__init__("small", calls="self")
+        del self.net
 
     def setup(self, stage: str) -> None:
+        self.net = make_net("small")
         if self.trainer.global_rank:
             with torch.no_grad():
                 for tensor in [*self.parameters(), *self.buffers()]:

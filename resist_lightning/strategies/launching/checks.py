@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, Stocha
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.nn.parameter import is_lazy
 
 from resist_lightning.comm import slurm, torchrun
 from resist_lightning.comm.collective import Collective
@@ -73,10 +72,13 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
     module = strategy.lightning_module
     if module is None or is_overridden("configure_model", module):
         return  # the workers make the model, after the launch
-    completed_in_setup = is_overridden("setup", module) and any(is_lazy(tensor) for tensor in module.parameters())
-    if not completed_in_setup:
+    try:
         layout = make_layout(module, config, processes // members, members=members)
         check_other_workers(options, layout)
+    except ValueError:
+        # The hook runs in the workers, which check again after it. What it builds is not known here.
+        if not is_overridden("setup", module):
+            raise
 
 
 def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_method: StartMethod) -> None:

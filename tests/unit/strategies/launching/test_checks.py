@@ -102,6 +102,24 @@ def test_a_fit_that_cannot_work_is_refused(name: str, start_method: Any, trainer
         trainer_with(ResISTStrategy(**options, start_method=start_method), **endless).fit(make_module(), stream(0, 2))
 
 
+class InSetup(Classifier):
+    """Builds its network in ``setup``, as in Lightning's documentation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def setup(self, stage: str) -> None:
+        raise AssertionError("it is for the workers")
+
+
+@pytest.mark.parametrize("strategy", [ResISTStrategy, ISTStrategy, LocalSGDStrategy, AuxNetStrategy])
+def test_a_network_that_setup_builds_is_left_to_the_workers(strategy: Any, trainer_with: MakeTrainer) -> None:
+    """It was refused, because no block, or no layer, was found in the module before."""
+    with pytest.raises(AssertionError, match="a process was started"):
+        trainer_with(strategy(start_method="spawn")).fit(InSetup(), stream(0, 2))
+
+
 def test_validations_by_the_clock_are_refused(trainer_with: MakeTrainer) -> None:
     if not hasattr(trainer_with(ResISTStrategy()), "_val_check_time_interval"):
         pytest.skip("an option of Lightning 2.6")
