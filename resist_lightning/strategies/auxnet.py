@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from resist_lightning.engine.engine import Engine
@@ -185,9 +184,6 @@ class AuxNetStrategy(SubnetStrategy):
                 f"{outside[0]}, which lies outside of the stages and is trained identically on all workers, would "
                 "diverge. Clip by value (gradient_clip_algorithm='value'), or make it a part of the network."
             )
-        plugin = trainer.precision_plugin
-        clip = partial(_clip_if_any, plugin.clip_grad_by_value)
-        self._session().patches.replace(plugin, "clip_grad_by_value", clip)
         if engine.collective.workers > 1:
             engine.prepare(example_input(trainer, module, self._input))
             rank_zero_info(f"{type(self).__name__}: {engine.layout.describe()}")
@@ -195,13 +191,6 @@ class AuxNetStrategy(SubnetStrategy):
 
 def _clips_by_norm(trainer: pl.Trainer) -> bool:
     return bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm in (None, "norm")
-
-
-def _clip_if_any(clip: Callable[..., None], optimizer: Optimizer, *args: Any) -> None:
-    """Clip by value, where there is a gradient: torch refuses to clip none, as of a frozen or a delayed stage."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(parameter.grad is not None for parameter in parameters):
-        clip(optimizer, *args)
 
 
 def _batches_of_all_data(trainer: pl.Trainer) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from resist_lightning.comm.group import messages_sent
@@ -86,11 +87,26 @@ def take_step(trainer: pl.Trainer, step: Callable[..., Any], optimizer: Optimize
     if not scaled or trainer.lightning_module.automatic_optimization:
         return step(optimizer, closure)
     output = closure()  # before one can say whether there are gradients
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    absent = any(parameter.is_meta for parameter in parameters)
-    if absent and all(parameter.grad is None for parameter in parameters):
+    if any(parameter.is_meta for parameter in _parameters(optimizer)) and not _has_gradients(optimizer):
         return output
     return step(optimizer, lambda: output)
+
+
+def clip_if_any(clip: Callable[..., None], optimizer: Optimizer, *args: Any) -> None:
+    """Clip by value, unless an optimizer has no gradients: torch refuses to clip none.
+
+    Its parameters are all absent, or frozen, or of a stage that is delayed.
+    """
+    if _has_gradients(optimizer):
+        clip(optimizer, *args)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(parameter.grad is not None for parameter in _parameters(optimizer))
 
 
 _UNKNOWN_MESSAGES = (

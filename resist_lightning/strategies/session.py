@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +23,7 @@ from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launching.checks import check_memory, total_steps, warn_of_short_training
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.launching.signals import Signals
-from resist_lightning.strategies.local_steps import LocalSteps, unwrapped, warn_of_metrics
+from resist_lightning.strategies.local_steps import LocalSteps, clip_if_any, unwrapped, warn_of_metrics
 from resist_lightning.strategies.loop_patches import LoopPatches
 from resist_lightning.strategies.patches import Patches, after
 from resist_lightning.strategies.saving.checkpoint_callbacks import CheckpointCallbacks
@@ -74,6 +75,8 @@ class FitSession:
         self.first = FirstEvaluates(trainer, self._running, self.patches) if config.first_evaluates else None
         if self.first is not None:
             self.first.patch_run(val_loop)  # before its random numbers are set apart, on all workers
+        plugin = trainer.precision_plugin
+        self.patches.replace(plugin, "clip_grad_by_value", partial(clip_if_any, plugin.clip_grad_by_value))
         self.loops = LoopPatches(trainer, position, self.signals, collective, self.patches)
         order_validation(trainer, self._running, self._averages, self.patches)
         if self.first is not None:

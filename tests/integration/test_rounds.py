@@ -188,8 +188,11 @@ class OverflowingUnderLightning(Overflowing):
         return super().training_step(batch, (self.worker, batch_idx))
 
 
+SCALE = 1024.0
+
+
 def scaler() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    return torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1000)
 
 
 def overflow(worker: int) -> tuple[dict[str, Tensor], list[float]]:
@@ -220,7 +223,9 @@ def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the
     assert [scales for _, scales in results] == [[1024.0] * 3 + [512.0] * 2, [1024.0] * 2 + [512.0] * 3]
 
 
-# A gradient scaler, and an optimizer whose parameters are all absent on one worker in some rounds.
+# A gradient scaler, clipping, and an optimizer whose parameters are all absent on one worker in some rounds.
+
+LARGEST = 0.01  # of an entry of a clipped gradient
 
 
 class OneForABlock(Classifier):
@@ -237,6 +242,7 @@ class OneForABlock(Classifier):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.manual_backward(super().training_step(batch, batch_idx))
         for optimizer in self.optimizers():
+            self.clip_gradients(optimizer, SCALE * LARGEST, "value")
             optimizer.step()
             optimizer.zero_grad()
 
@@ -255,6 +261,9 @@ def train_unscaled_by_hand(worker: int) -> dict[str, Tensor]:
 
     def train_step(step: int) -> None:
         Classifier.training_step(module, batch_of(worker, step), step).backward()
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.clamp_(-LARGEST, LARGEST)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -262,7 +271,8 @@ def train_unscaled_by_hand(worker: int) -> dict[str, Tensor]:
     return loop_by_hand(module, optimizers, range(5), train_step)
 
 
-def test_a_grad_scaler_passes_over_an_optimizer_whose_parameters_are_absent(trained: Any) -> None:
+def test_a_grad_scaler_and_clipping_pass_over_an_optimizer_whose_parameters_are_absent(trained: Any) -> None:
+    """Torch refuses to clip no gradients by value."""
     results, expected = results_of(trained, "scale")
     assert_all_equal(results, expected)  # scales are powers of two
 
