@@ -19,7 +19,7 @@ from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import refuse_lazy
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.state.unmade import is_unmade, load_optimizer_state
-from resist_lightning.strategies.building import building, loading, move_built, without_module
+from resist_lightning.strategies.building import building, loading, move_built, undo_layer_sync, without_module
 from resist_lightning.strategies.data.shards import own_order
 from resist_lightning.strategies.first import FirstEvaluates, check_full_model, evaluate_alone
 from resist_lightning.strategies.launching.checks import check_callbacks, check_run
@@ -266,6 +266,7 @@ class SubnetStrategy(MessagesStrategy):
             super().teardown()
         if self.session is not None:
             self.session.end()
+        undo_layer_sync(self)
         if isinstance(self._launcher, ProcessLauncher):
             self._launcher.restore_interrupt()
 

@@ -110,6 +110,18 @@ def without_module(strategy: Any) -> Iterator[None]:
         move_present(module, CPU)
 
 
+def undo_layer_sync(strategy: Any) -> None:
+    """Make synchronised batch norm local again after a ``fit``: Lightning would, if the strategy had a module then."""
+    module = strategy.lightning_module
+    # A module is not attached where a launch was refused.
+    if strategy._layer_sync is None or module is None or module._trainer is None or not _is_fitting(module):
+        return
+    strategy._layer_sync.revert(module)
+    state = strategy.resumer.state_of(module)
+    if state and not module.trainer.interrupted:
+        strategy.resumer.set_state(state, module)  # the layers are new ones, without the hooks of a full model
+
+
 def check_built(engine: Engine, trainer: pl.Trainer, patches: Patches) -> None:
     """Skip uses of the full model before the training, where a worker has none; tell the user, once.
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resist_lightning import (
     AuxNetStrategy,
@@ -285,6 +286,34 @@ def test_neurons_of_workers_with_members(found: Found) -> None:
         assert_equal_states(state, clone_state(simulator.full_model()))
 
 
+class Synchronised(Classifier):
+    def on_fit_start(self) -> None:
+        self.types = {type(norm) for norm in norms_of(self)}
+
+
+def norms_of(module: nn.Module) -> list[_BatchNorm]:
+    return [child for child in module.modules() if isinstance(child, _BatchNorm)]
+
+
+def synchronised(rank: int, _: Path) -> tuple[set[type], list[_BatchNorm]]:
+    """Without a step, which needs a GPU."""
+    module, strategy = Synchronised("small"), make_strategy(**TWO)
+    trainer = make_trainer(strategy, max_epochs=0, sync_batchnorm=True)
+    strategy.resumer.set_state({"batch_statistics": True}, module)  # as after a training with batch_norm="batch"
+    trainer.fit(module, stream(rank, 4))
+    return module.types, norms_of(module)
+
+
+def test_synchronised_batch_norm_is_as_before_when_a_fit_has_ended(found: Found) -> None:
+    """It stayed in the user's module, which the next Trainer refused."""
+    for types, norms in found["synchronised"]:
+        assert types == {nn.SyncBatchNorm}
+        assert len(norms) == 5
+        for norm in norms:
+            assert not isinstance(norm, nn.SyncBatchNorm)
+            assert "forward" in vars(norm), "it evaluates by the statistics of each batch"
+
+
 # Trainings in the same four processes.
 
 EACH_STEP: dict[str, Any] = {"local_steps": 1, "check": "off"}
@@ -293,6 +322,7 @@ IN_TURN: dict[str, Callable[[int, Path], Any]] = {
     "accumulated": partial(trained, manual=False),
     "by hand": partial(trained, manual=True),
     "neurons": trained_ist,
+    "synchronised": synchronised,
     "thaws": thaws,
     "stopped": stop_two_by_two,
     "as four workers": partial(resumed_as, name="4.ckpt", options={}),
