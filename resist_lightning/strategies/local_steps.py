@@ -19,16 +19,26 @@ from resist_lightning.engine.engine import Engine
 
 
 class LocalSteps:
-    """Counts one local step for each batch in which an optimizer steps; warns of each kind of message once."""
+    """Counts one local step for each batch in which an optimizer steps; warns of each kind of message once.
+
+    Attributes:
+        idle: batches in a row, just before this one, in which no optimizer has stepped.
+    """
 
     def __init__(self) -> None:
-        self._stepped = False  # in this batch
         self._sent = 0  # collectives of this process, up to this batch
         self._explained = False
         self._warned: set[str] = set()
+        self.begin_training()
+
+    def begin_training(self) -> None:
+        """Called before the first batch."""
+        self._stepped = False  # in this batch
+        self.idle = -1  # no batch is behind the first one
 
     def begin_batch(self) -> None:
         """Called before each batch, after the messages of a sync."""
+        self.idle = 0 if self._stepped else self.idle + 1
         self._stepped = self._explained = False
         self._sent = messages_sent()
 

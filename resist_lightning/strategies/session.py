@@ -20,7 +20,13 @@ from resist_lightning.strategies.building import check_built
 from resist_lightning.strategies.data.loader_processes import LoaderShield
 from resist_lightning.strategies.first import FirstEvaluates
 from resist_lightning.strategies.host import LightningHost
-from resist_lightning.strategies.launching.checks import check_memory, total_steps, warn_of_short_training
+from resist_lightning.strategies.launching.checks import (
+    check_memory,
+    total_steps,
+    warn_of_batches_without_step,
+    warn_of_early_end,
+    warn_of_short_training,
+)
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.launching.signals import Signals
 from resist_lightning.strategies.local_steps import LocalSteps, clip_if_any, unwrapped, warn_of_metrics
@@ -61,6 +67,7 @@ class FitSession:
         self._has_trained = False
         self._synced_early = False
         self._told_of_overlap = False
+        self._told_of_batches = False
         self.patches = Patches()
         collective = default_collective()
         self.signals = Signals(trainer, collective.members)
@@ -124,6 +131,7 @@ class FitSession:
         self._resumer.start(engine, self.trainer_state, prepare, type(trainer.strategy).__name__)
         check_memory(engine, trainer)
         self._averages.begin()
+        self._steps.begin_training()
         if engine.collective.workers > 1:
             warn_of_short_training(trainer, engine.clock, engine.layout.without_effect, alone=self._config.trains_alone)
         engine.sync.part_guard.stepping = False  # not None, as in a plain loop: `training_step` tells
@@ -147,6 +155,8 @@ class FitSession:
         if batch_idx == 1:  # the first batch has logged its metrics
             warn_of_metrics(self._trainer)
         self._steps.begin_batch()
+        if engine.collective.workers > 1 and not self._told_of_batches:
+            self._told_of_batches = warn_of_batches_without_step(self._trainer, engine, self._steps.idle)
 
     @property
     def replicas(self) -> Replicas:
@@ -177,6 +187,8 @@ class FitSession:
     def end_training(self) -> None:
         """Called after the training, unless it was interrupted: the module becomes the full model."""
         if (engine := self._running()) is not None:
+            if engine.collective.workers > 1 and not self.signals.ending:
+                warn_of_early_end(self._trainer, engine)
             engine.finish()
             if engine.collective.workers > 1:
                 rank_zero_info(f"{type(self._trainer.strategy).__name__}: {sent_in_words(engine)}")

@@ -306,6 +306,9 @@ class Talkative(Classifier):
         self.log("train/epoch_loss", functional.relu(loss), on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        closure() if batch_idx % 2 else optimizer.step(closure)
+
 
 WARNINGS = {
     "Timer": "Timer sends a message after every batch",
@@ -314,13 +317,15 @@ WARNINGS = {
     "loaders": "the workers' training epochs have",
     "nothing partitioned": "nothing is partitioned: the default min_blocks=1",
     "shape": "match `blocks` but stay shared",
+    "no step": "finish_rounds=1 is planned for 8 local steps",
+    "early end": "ended after 4: of 3 rounds the last 1 did not come",
 }
 
 
 def warn_of_much(worker: int) -> dict[str, int]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")  # Python's default: once for each place
-        strategy = make_strategy(min_blocks=None, blocks="section3.[01]")
+        strategy = make_strategy(min_blocks=None, blocks="section3.[01]", finish_rounds=1)
         fit(
             worker,
             Talkative(),

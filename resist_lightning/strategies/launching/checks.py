@@ -23,8 +23,9 @@ from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.members import check_count
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import make_layout
-from resist_lightning.methods.config import CommonConfig
+from resist_lightning.methods.config import CommonConfig, GrowingConfig
 from resist_lightning.schedule.progress import Clock, one_round
+from resist_lightning.schedule.round_length import QSR, rounds_in
 from resist_lightning.state.memory_limit import memory_limit, needed_to_train, shortage
 from resist_lightning.strategies.averages import check_averages
 from resist_lightning.strategies.options import StartMethod, StrategyOptions
@@ -163,11 +164,8 @@ def total_steps(trainer: pl.Trainer, collective: Collective) -> int | None:
 
     Collective: every worker must call this, in the same order.
     """
-    try:
-        steps = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # Lightning cannot say it where the accumulation of gradients changes
-        steps = -1
-    known = steps if 0 <= steps < float("inf") else -1  # -1 for an endless loader too
+    steps = _estimated_steps(trainer)
+    known = int(steps) if steps < float("inf") else -1
     # Epochs end together, with the shortest.
     fewest = min(int(row[0]) for row in collective.gather_numbers([known]))
     return fewest if fewest >= 0 else None
@@ -190,13 +188,10 @@ def warn_of_short_training(
     """
     if getattr(trainer, "fast_dev_run", False):
         return
-    try:
-        steps = trainer.estimated_stepping_batches - trainer.global_step
-    except MisconfigurationException:  # Lightning cannot say it where the accumulation of gradients changes
+    left = _estimated_steps(trainer) - trainer.global_step
+    if not 0 < left < float("inf"):  # an endless training uses every setting at last
         return
-    if not 0 < steps < float("inf"):  # an endless training uses every setting at last
-        return
-    steps = int(steps)
+    steps = int(left)
     if alone and steps < clock.local_steps - clock.step:
         rank_zero_warn(one_round(steps, clock))
         return
@@ -205,6 +200,62 @@ def warn_of_short_training(
         texts.append(clock.rule.unused(clock.total_steps + steps))
     for text in filter(None, texts):
         rank_zero_warn(text)
+
+
+def warn_of_batches_without_step(trainer: pl.Trainer, engine: Engine, batches: int) -> bool:
+    """Warn where the length of a training is an estimate by its batches, and batches pass in which nothing steps.
+
+    Args:
+        trainer: of this worker, between two batches.
+        engine: of this worker.
+        batches: the newest ones, in which no optimizer has stepped.
+
+    Returns:
+        Whether it has warned.
+    """
+    config, total = engine.config, engine.layout.total_steps
+    accumulated, automatic = trainer.accumulate_grad_batches, trainer.lightning_module.automatic_optimization
+    if total is None or not isinstance(config, GrowingConfig) or batches < accumulated:
+        return False
+    # By hand Lightning counts the steps that are taken, else the calls of the hook `optimizer_step`.
+    if not automatic and total == trainer.max_steps:
+        return False
+    every, last = ("batch", "one") if accumulated == 1 else (f"{accumulated} batches", f"{accumulated}")
+    way_out = "Use accumulate_grad_batches" if automatic else "Set max_steps to the number of steps of the optimizer"
+    rank_zero_warn(
+        f"{config.by_total_steps} is planned for {total} local steps, one for every {every}, but no optimizer has "
+        f"stepped in the last {last}: the training will have fewer local steps, and its last rounds will not come. "
+        f"{way_out}."
+    )
+    return True
+
+
+def warn_of_early_end(trainer: pl.Trainer, engine: Engine) -> None:
+    """Warn, at the end of a training, of what its start promised for more local steps than there were."""
+    clock, config, total = engine.clock, engine.config, engine.layout.total_steps
+    if config.trains_alone and clock.round == 0 and 0 < clock.step < clock.local_steps <= _estimated_steps(trainer):
+        rank_zero_warn(one_round(clock.step, clock))
+    if total is None or not isinstance(config, GrowingConfig) or isinstance(config.local_steps, QSR):
+        return
+    if 0 <= trainer.max_steps < total:  # a search for the learning rate, which has a limit of its own
+        return
+    missing = rounds_in(config.local_steps, clock.steps_before, total) - 1
+    if missing > 0:
+        rank_zero_warn(
+            f"{config.by_total_steps} was planned for {total} local steps, and the training has ended after "
+            f"{clock.total_steps}: of {clock.round + 1 + missing} rounds the last {missing} did not come. Where "
+            "not every batch has a step, use accumulate_grad_batches, or in manual optimization set max_steps; where a "
+            "batch has steps of several optimizers, all of which max_steps counts, limit the training by max_epochs."
+        )
+
+
+def _estimated_steps(trainer: pl.Trainer) -> float:
+    """Local steps of a training from its beginning to its end, if every batch has one; infinity if not known."""
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # Lightning cannot say it where the accumulation of gradients changes
+        return float("inf")
+    return steps if steps >= 0 else float("inf")  # it is -1 for data of unknown length without max_steps
 
 
 def check_memory(engine: Engine, trainer: pl.Trainer) -> None:

@@ -32,6 +32,20 @@ def test_several_optimizer_steps_in_a_batch_are_one_local_step() -> None:
     assert engine.steps == 2
 
 
+def test_batches_in_a_row_without_a_step_are_counted() -> None:
+    steps, idle = LocalSteps(), []
+    for stepped in (False, False, True, False):
+        steps.begin_batch()
+        idle.append(steps.idle)
+        if stepped:
+            steps.count(Engine())  # type: ignore[arg-type]
+    steps.begin_batch()
+    idle.append(steps.idle)
+    steps.begin_training()
+    steps.begin_batch()
+    assert [*idle, steps.idle] == [0, 1, 2, 0, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("explained", "alone", "warned"),
     [(False, True, 1), (True, True, 0), (False, False, 0)],
