@@ -158,8 +158,8 @@ def check_loadable(parts: Mapping[str, Any]) -> None:
     refused = []
     for name, part in parts.items():
         buffer = io.BytesIO()
-        # Without the values of tensors, which may be as large as this worker's whole part.
-        torch.save(tree_map(lambda value: value.new_empty(0) if type(value) is Tensor else value, part), buffer)
+        # Without tensors, which are never refused, and may be as large as this worker's whole part.
+        torch.save(tree_map(lambda value: None if type(value) is Tensor else value, part), buffer)
         buffer.seek(0)
         try:
             torch.load(buffer, map_location="cpu", weights_only=True)
@@ -171,8 +171,8 @@ def check_loadable(parts: Mapping[str, Any]) -> None:
     if refused:
         raise ValueError(
             f"checkpoints and snapshots are loaded with weights_only=True, which refuses {', '.join(refused)}. Keep "
-            "only numbers, strings, lists, dicts and tensors in the state of callbacks, schedulers and loaders and in "
-            "`on_save_checkpoint`."
+            "only numbers, strings, lists, dicts and tensors in the state of optimizers, schedulers, callbacks and "
+            "loaders and in `on_save_checkpoint`."
         )
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from resist_lightning.state.host_copies import copied
 from resist_lightning.state.optimizer_probe import Findings, Slot
+from resist_lightning.state.python_numbers import python_numbers
 
 _ABSENT: Any = ...  # survives deepcopy as the same object
 
@@ -75,7 +76,10 @@ class TrackedOptimizer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Like torch's ``state_dict``, but of this optimizer alone: others around it may show the same state."""
+        """Like torch's ``state_dict``, but of this optimizer alone: others around it may show the same state.
+
+        A learning rate from NumPy becomes a Python number, as do all its scalars.
+        """
         index: dict[int, int] = {}
         groups = []
         for group in self.optimizer.param_groups:
@@ -91,7 +95,7 @@ class TrackedOptimizer:
                 attributes[name] = getattr(self.optimizer, name)
         if attributes:
             saved["attributes"] = attributes
-        return saved
+        return python_numbers(saved)  # type: ignore[no-any-return]
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Load copies of :meth:`state_dict` in place, without the casts of torch's ``load_state_dict``."""

@@ -132,6 +132,8 @@ class Noisy(Small):
             optimizer: Any = torch.optim.AdamW(self.parameters(), lr=1e-2)
         else:
             optimizer = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = np.float64(group["lr"])  # as one of `np.logspace`, which no checkpoint may have
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -223,22 +223,29 @@ def test_a_signal_leaves_a_snapshot_of_the_round_that_it_ends(tmp_path: Path) ->
 
 
 class Odd(L.Callback):
-    """Has an object in its state that is not plain data."""
+    """Has an object in its state that is not plain data, and puts one into the optimizer."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"odd": argparse.Namespace(a=1)}
 
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["odd"] = argparse.Namespace(a=1)
+        with pytest.raises(ValueError, match=r"refuses 'optimizers' \(argparse.Namespace\)"):
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "odd.ckpt")
+
 
 def keeps_an_object(worker: int, folder: str) -> None:
-    trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Odd()])
+    trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Odd()], default_root_dir=folder)
     trainer.fit(Small(), stream(worker, EPOCH))
 
 
-def test_what_could_not_be_loaded_again_is_refused_when_the_first_snapshot_is_written(tmp_path: Path) -> None:
+def test_what_could_not_be_loaded_again_is_refused_when_the_first_file_is_written(tmp_path: Path) -> None:
     (outcome,) = run_trainers_to_the_end(keeps_an_object, 1, str(tmp_path))
     assert isinstance(outcome.error, ValueError)
-    assert "refuses 'callbacks' (argparse.Namespace)" in str(outcome.error)
+    assert "'callbacks' (argparse.Namespace)" in str(outcome.error)
+    assert "'optimizers' (argparse.Namespace)" in str(outcome.error)
     assert SnapshotFolder(tmp_path).newest_first() == []
+    assert not (tmp_path / "odd.ckpt").exists()
 
 
 # Under torchrun, which restarts the workers.

@@ -176,7 +176,8 @@ class Resumer:
             "lightning": trainer_state.checkpoint_without_model(),
         }
         if not self._checked:  # once: it reads all of it, and the types stay the same
-            check_loadable({**state["lightning"], **state["own"]["host"]})
+            own = state["own"]
+            check_loadable({**state["lightning"], "optimizers": own["optimizers"], **own["host"]})
             self._checked = True
         self._snapshots.write(state, engine.clock.round)
 

@@ -24,7 +24,7 @@ from resist_lightning.strategies.saving.checkpoint_callbacks import report_not_w
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 from resist_lightning.strategies.saving.checkpoint_io import AtomicIO, forgive_thread, write_model
 from resist_lightning.strategies.saving.members import gather_members
-from resist_lightning.strategies.saving.trainer_state import TrainerState
+from resist_lightning.strategies.saving.trainer_state import TrainerState, use_python_numbers
 from resist_lightning.strategies.session import FitSession
 
 
@@ -147,8 +147,9 @@ class Saver:
             own = None  # weights only
         if saved:
             checkpoint[CHECKPOINT_KEY] = saved
+        use_python_numbers(checkpoint)
         if own is not None:
-            check_loadable(own["host"])
+            check_loadable({"optimizers": own["optimizers"], **own["host"]})
         path = str(filepath) if self.collected else checkpoint_files.agree_on_path(filepath, collective)
         self._written_as[str(filepath)] = path
         # A worker that writes its own file tells the others that it is busy.

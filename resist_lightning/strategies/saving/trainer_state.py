@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from resist_lightning.engine.engine import Engine
+from resist_lightning.state.python_numbers import python_numbers
 from resist_lightning.strategies.saving.data_position import Position
 
 
@@ -39,7 +40,7 @@ class TrainerState:
             "precision": trainer.precision_plugin.state_dict(),
             "gradients": {name: gradient.cpu() for name, gradient in gradients.items()},
             # Schedules that follow a metric differ where workers see different values of it.
-            "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "schedules": [python_numbers(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
             "passed_over": self._passed_over(),
         }
 
@@ -107,6 +108,7 @@ class TrainerState:
                 dumped = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         finally:
             self.dumping = False
+        use_python_numbers(dumped)
         # Only load_from_checkpoint reads hyperparameters, and nothing loads a module from a snapshot.
         return {key: value for key, value in dumped.items() if "hparams" not in key and "hyper_parameters" not in key}
 
@@ -114,3 +116,10 @@ class TrainerState:
         """``state`` with the changes of frozen parameters and modes since the run began."""
         changes = self.position.modes.changes()
         return {**state, "modes": changes} if state and changes else state
+
+
+def use_python_numbers(checkpoint: dict[str, Any]) -> None:
+    """Make the state of optimizers and schedules in Lightning's checkpoint loadable."""
+    for key in ("optimizer_states", "lr_schedulers"):
+        if key in checkpoint:
+            checkpoint[key] = python_numbers(checkpoint[key])

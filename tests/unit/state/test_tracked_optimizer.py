@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.python_numbers import python_numbers
 from tests.helpers.nets import small_preact
 from tests.helpers.optimizers import Own, of_block, stepped
 
@@ -48,16 +50,28 @@ def test_what_an_optimizer_has_goes_into_a_file_and_comes_back_to_the_bit(tmp_pa
     optimizer.train()
     stepped(module, optimizer)
     optimizer.state[of_block(module)[0]]["wide"].fill_(1 / 3)
+    optimizer.param_groups[0] |= {"lr": np.float64(1 / 3), "odds": [(np.float32(0.5), np.int64(3))]}
     torch.save(states.state_dict(), tmp_path / "own")
     groups = other.param_groups
     others.load_state_dict(torch.load(tmp_path / "own", weights_only=True))
     assert (other.calls, other.param_groups) == (1, optimizer.param_groups)
+    # NumPy's numbers would be refused with `weights_only=True`.
+    assert [type(other.param_groups[0]["lr"]), *map(type, other.param_groups[0]["odds"][0])] == [float, float, int]
     assert other.param_groups is groups  # a wrapper may share it
     for parameter, state in optimizer.state.items():
         loaded = other.state[parameter]
         assert (loaded["step"], loaded["wide"].dtype) == (1, torch.float64)
         assert torch.equal(loaded["wide"], state["wide"])
         assert torch.equal(loaded["z"], state["z"])
+
+
+def test_milestones_of_numpy_become_numbers_of_python():
+    optimizer = torch.optim.SGD(small_preact().parameters(), np.float64(0.1))
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, np.array([2, 2, 3]))
+    state = python_numbers(schedule.state_dict())
+    assert state == schedule.state_dict()
+    assert [type(place) for place in state["milestones"]] == [int, int]
+    assert [type(rate) for rate in state["base_lrs"] + state["_last_lr"]] == [float, float]
 
 
 def test_numbers_travel_as_tensors_and_come_back_as_numbers():
