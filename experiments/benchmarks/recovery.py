@@ -74,7 +74,7 @@ class Measured(ResISTStrategy):
     """Notes seconds and bytes of each snapshot, keeps the newest file, and notes whether a run resumes exactly."""
 
     def __init__(self, kept: Path | None = None, **options: Any) -> None:
-        super().__init__(min_blocks=1, data="copy", **options)
+        super().__init__(min_blocks=1, **options)
         self.kept = kept
         self.written: list[dict[str, float]] = []
         self.exact = False

@@ -20,7 +20,7 @@ from resist_lightning.engine.registry import refuse_lazy
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.state.unmade import is_unmade, load_optimizer_state
 from resist_lightning.strategies.building import building, loading, move_built, undo_layer_sync, without_module
-from resist_lightning.strategies.data.shards import own_order
+from resist_lightning.strategies.data.shards import own_order, warn_without_own_order
 from resist_lightning.strategies.first import FirstEvaluates, check_full_model, evaluate_alone
 from resist_lightning.strategies.launching.checks import check_callbacks, check_run
 from resist_lightning.strategies.launching.guard import Guard
@@ -111,6 +111,13 @@ class SubnetStrategy(MessagesStrategy):
         if not making_training_loaders(self.session):
             return self.first.whole_data(kwargs) if self.first is not None else kwargs
         return own_order(kwargs, self.group.members, self.config.seed) if self._data == "copy" else kwargs
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Called for each loader, behind Lightning's own changes to it."""
+        if making_training_loaders(self.session) and self._data == "copy" and self.world_size > self.group.members:
+            warn_without_own_order(dataloader, self.distributed_sampler_kwargs, self._trainer())
+        return super().process_dataloader(dataloader)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

@@ -26,8 +26,9 @@ class LightningHost(Host):
         trainer = self._trainer
         names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
         found = {name: str(getattr(trainer, name)) for name in names}
-        if self._data == "shard" and trainer._accelerator_connector.use_distributed_sampler:
-            # Lightning's sampler shuffles by this seed: with another one on each worker, shards would overlap.
+        if self._data in ("shard", "copy") and trainer._accelerator_connector.use_distributed_sampler:
+            # Lightning's sampler shuffles by this seed: with another one on each process, shards would overlap, those
+            # of the members of a worker too.
             found["seed_everything"] = os.environ.get("PL_GLOBAL_SEED", "not called")
         return {**found, "data": self._data}
 

@@ -140,7 +140,8 @@ class LocalTrainingOptions(StrategyOptions):
 
     Args:
         data: ``"shard"`` (a shard of the training set per worker) or ``"copy"`` (the full training set on every
-            worker, in a worker-specific order, as in the papers).
+            worker, in a worker-specific order, as in the papers). Lightning's sampler does both, by the seed of
+            `seed_everything`; a loader without it gives every worker what it gives.
     """
 
     data: DataPolicy = "shard"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from resist_lightning import NeuronConfig, WorkersDisagree
+from resist_lightning.callbacks import SeedPerWorker
 from tests.helpers.plain import Classifier, batch_of, held_out, stream
 from tests.helpers.trainers import (
     fit,
@@ -36,7 +37,8 @@ def by_trainers(worker: int, folder: str) -> dict[str, Any]:
         "uneven": fit_uneven(worker),
         "modes": {mode: fit_in_epochs_of_all_lengths(worker, mode) for mode in MODES},
         "unsized": fit_unsized(worker, LENGTHS, folder, same_steps),
-        "seen": {data: see(worker, data) for data in ("shard", "copy")},
+        "seen": {data: see(worker, data)[:2] for data in ("shard", "copy")},
+        "orders": orders_of_copies(worker),
     }
 
 
@@ -223,11 +225,35 @@ class Seeing(Classifier):
         super().validation_step(batch[:2], batch_idx)
 
 
-def see(worker: int, data: str) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+def see(
+    worker: int, data: str, seed: int = 0, epochs: int = 2, **options: Any
+) -> tuple[dict[int, list[int]], dict[int, list[int]], list[str]]:
+    """The samples of each epoch's training and validation, and the warnings."""
+    L.seed_everything(seed, verbose=False)
     module = Seeing()
-    trainer = make_trainer(make_strategy("local_sgd", data=data), max_epochs=2, use_distributed_sampler=True)
-    trainer.fit(module, DataLoader(Numbered(), 4, shuffle=True), DataLoader(Numbered(), 4))
-    return module.trained, module.validated
+    options = {"use_distributed_sampler": True, **options}
+    trainer = make_trainer(make_strategy("local_sgd", data=data), max_epochs=epochs, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, DataLoader(Numbered(), 4, shuffle=True), DataLoader(Numbered(), 4))
+    return module.trained, module.validated, [str(warning.message) for warning in caught]
+
+
+def orders_of_copies(worker: int) -> dict[str, tuple[list[int], int]]:
+    """The order of the first epoch, and the number of warnings that ``data="copy"`` has no effect."""
+    cases: dict[str, dict[str, Any]] = {
+        "seed 0": {},
+        "seed 1": {"seed": 1},
+        "seed 1 again": {"seed": 1},
+        "no sampler": {"use_distributed_sampler": False},
+        "seeded apart": {"use_distributed_sampler": False, "callbacks": [SeedPerWorker(1)]},
+        "overfit": {"overfit_batches": 2},
+    }
+    found = {}
+    for name, options in cases.items():
+        trained, _, told = see(worker, "copy", epochs=1, **options)
+        found[name] = trained[0], sum("data='copy' has no effect" in text for text in told)
+    return found
 
 
 @pytest.mark.parametrize("data", ["shard", "copy"])
@@ -246,6 +272,18 @@ def test_each_worker_sees_its_part_of_the_data_or_all_of_it_in_its_own_order(tra
         assert len(mine[0][epoch]) == len(theirs[0][epoch])
     for orders, _ in (mine, theirs):
         assert orders[0] != orders[1], "the second epoch has the order of the first"
+
+
+def test_copies_have_an_order_of_the_worker_and_the_seed_or_a_warning_says_why_not(trained: Any) -> None:
+    mine, theirs = (found["orders"] for found in trained[0])
+
+    orders = {tuple(each[name][0]) for each in (mine, theirs) for name in ("seed 0", "seed 1", "seeded apart")}
+    assert len(orders) == 6
+    assert [each["seed 1 again"] for each in (mine, theirs)] == [each["seed 1"] for each in (mine, theirs)]
+    for name in ("no sampler", "overfit"):
+        assert mine[name][0] == theirs[name][0]
+    told = {name: warned for name, (_, warned) in mine.items()}
+    assert told == {**dict.fromkeys(mine, 0), "no sampler": 1, "overfit": 1}  # on worker 0 only
 
 
 def test_a_stream_is_made_for_one_pass() -> None:

@@ -49,6 +49,23 @@ def test_only_what_a_program_asks_for_is_compared_and_signals_are_told() -> None
     assert signals.learnt == [3, 0]
 
 
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize("data", ["shard", "copy", "same"])
+def test_the_seed_is_compared_where_the_order_of_the_data_follows_from_it(
+    data: str, placed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
+    trainer: Any = SimpleNamespace(
+        **dict.fromkeys(names, 1), _accelerator_connector=SimpleNamespace(use_distributed_sampler=placed)
+    )
+
+    settings = LightningHost(trainer, Requests(), data).settings()  # type: ignore[arg-type]
+
+    assert settings["data"] == data
+    assert settings.get("seed_everything") == ("5" if placed and data != "same" else None)
+
+
 @pytest.mark.parametrize(("mine", "others", "agreed"), [(1024.0, [512.0], 512.0), (256.0, [512.0, 1024.0], 256.0)])
 def test_the_smallest_loss_scale_is_taken(mine: float, others: list[float], agreed: float) -> None:
     own = scaler(mine)
