@@ -37,14 +37,22 @@ def examples() -> DataLoader[Any]:
 
 
 class Talkative(Classifier):
-    """Logs in every way, calls collectives itself, and writes a buffer when an evaluation ends."""
+    """Logs in every way, calls collectives itself, and writes a buffer when an evaluation ends.
+
+    A frozen tensor is kept out of checkpoints, as Lightning's documentation shows.
+    """
 
     def __init__(self) -> None:
         super().__init__("small")
+        self.strict_loading = False
+        self.register_buffer("frozen", torch.ones(3))
         self.accuracy = MulticlassAccuracy(CLASSES, average="micro")
         self.register_buffer("best", torch.zeros(()))
         self.hooks: list[str] = []
         self.worlds: set[int] = set()
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        return {name: value for name, value in super().state_dict().items() if name != "frozen"}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         logits = self(batch[0])
@@ -217,7 +225,7 @@ def test_the_metric_is_that_of_the_checkpoint_in_a_plain_module(workers: Any, wh
 
 def loss_of(path: Any) -> float:
     """The loss of a plain module, loaded from a checkpoint, over all examples."""
-    module = Talkative.load_from_checkpoint(path, strict=True).eval()
+    module = Talkative.load_from_checkpoint(path).eval()
     losses = []
     with torch.no_grad():
         for images, labels in examples():

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from resist_lightning.checkpoint.files import check_loadable
 from resist_lightning.comm.collective import SoloCollective
@@ -199,7 +199,8 @@ def _without_values(engine: Engine, *, partial: bool) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     with engine.sync.part_guard.open():
-        state = engine.module.state_dict(keep_vars=True) if partial else engine.module.state_dict()
+        # A `state_dict` of the user's may take no `keep_vars`.
+        state = nn.Module.state_dict(engine.module, keep_vars=True) if partial else engine.module.state_dict()
     for name, value in state.items():
         is_tensor = isinstance(value, Tensor)
         found[name] = torch.empty(value.shape, dtype=value.dtype, device="meta") if is_tensor else value
