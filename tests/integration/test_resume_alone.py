@@ -26,7 +26,7 @@ STOP = 3
 
 class Tunable(Small):
     lr = 0.05
-    monitor = ""
+    monitor: str | None = ""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
@@ -79,6 +79,8 @@ class Follows(Tunable):
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
+        if self.monitor is None:
+            return optimizer
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
         schedule.best = 0.0  # better than any loss
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.monitor}}
@@ -109,7 +111,7 @@ class SavesAtEveryEnd(L.Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-epoch.ckpt")
 
 
-def fit_and_follow(folder: Path, monitor: str, ckpt_path: Path | None = None) -> tuple[dict[str, Tensor], float]:
+def fit_and_follow(folder: Path, monitor: str | None, ckpt_path: Path | None = None) -> tuple[dict[str, Tensor], float]:
     L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
     module = Follows()
     module.monitor = monitor
@@ -138,6 +140,17 @@ def test_a_schedule_that_follows_a_metric_steps_at_the_end_of_the_epoch_that_was
     unknown = "1-batch" if monitor == "val/loss" else "1-validation"
     with pytest.warns(UserWarning, match=PASSED_OVER):
         fit_and_follow(tmp_path, monitor, tmp_path / f"{unknown}.ckpt")
+    if monitor == "val/loss":
+        check_schedules_of_another_number(tmp_path)
+
+
+def check_schedules_of_another_number(folder: Path) -> None:
+    """A schedule is removed, with a step that was passed over; and one is added to such a run."""
+    with pytest.warns(UserWarning, match=r"has 1 learning-rate schedule\(s\), and .* returns 0 here"):
+        assert fit_and_follow(folder, None, folder / "1-validation.ckpt")[1] == Tunable.lr / 2
+    fit_and_follow(folder, None)
+    with pytest.warns(UserWarning, match=r"has 0 learning-rate schedule\(s\), and .* returns 1 here"):
+        assert fit_and_follow(folder, "val/loss", folder / "1-epoch.ckpt")[1] == Tunable.lr / 2
 
 
 def test_batches_of_a_step_are_those_of_the_schedule_in_an_epoch_that_is_resumed(tmp_path: Path) -> None:

@@ -76,8 +76,11 @@ class TrainerState:
         return self._trainer._logger_connector.metrics["callback"] if self._trainer.validating else {}
 
     def _step_passed_over(self, passed_over: list[list[Any]]) -> None:
+        configs = self._trainer.lr_scheduler_configs
         for place, metric in passed_over:
-            scheduler = self._trainer.lr_scheduler_configs[place].scheduler
+            if place >= len(configs):  # there were more schedules
+                continue
+            scheduler = configs[place].scheduler
             if metric is None:
                 rank_zero_warn(
                     f"the checkpoint was written before the metric of {type(scheduler).__name__} was known, so this "
@@ -91,14 +94,24 @@ class TrainerState:
         trainer = self._trainer
         if state["precision"]:
             trainer.precision_plugin.load_state_dict(state["precision"])
-        for config, schedule in zip(trainer.lr_scheduler_configs, state["schedules"], strict=True):
-            config.scheduler.load_state_dict(schedule)
+        self._load_schedules(state["schedules"])
         self._step_passed_over(state.get("passed_over", []))  # earlier versions have not noted it
         parameters = dict(trainer.lightning_module.named_parameters())
         for name, gradient in state["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name].device)
         # Last, as it sets the random state: nothing may draw between this and the first batch.
         self.position.restore(state["position"])
+
+    def _load_schedules(self, states: list[dict[str, Any]]) -> None:
+        """Load the states of schedules by position; a schedule that is new begins anew."""
+        configs = self._trainer.lr_scheduler_configs
+        if len(configs) != len(states):
+            rank_zero_warn(
+                f"the checkpoint has {len(states)} learning-rate schedule(s), and `configure_optimizers` returns "
+                f"{len(configs)} here. They are resumed by position; one that is new starts from its beginning."
+            )
+        for config, schedule in zip(configs, states, strict=False):
+            config.scheduler.load_state_dict(schedule)
 
     def checkpoint_without_model(self) -> dict[str, Any]:
         """Lightning's checkpoint without the model, as if the fetched batch were still to be fetched."""
