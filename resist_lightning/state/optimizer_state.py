@@ -175,8 +175,14 @@ class OptimizerStates:
         return [tracked.state_dict() for tracked in self._tracked]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Load a :meth:`state_dict`, bit for bit."""
-        for tracked, state in zip(self._tracked, states, strict=True):
+        """Load a :meth:`state_dict`, bit for bit; by position, where there are more or fewer optimizers than in it."""
+        if len(states) != len(self._tracked):
+            warnings.warn(
+                f"the checkpoint has the state of {len(states)} optimizer(s), and there are {len(self._tracked)} here. "
+                "It is loaded by position; an optimizer that is new starts without state.",
+                stacklevel=2,
+            )
+        for tracked, state in zip(self._tracked, states, strict=False):
             tracked.load_state_dict(state)
 
     def known(self, parameter: nn.Parameter) -> bool:

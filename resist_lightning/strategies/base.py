@@ -232,7 +232,7 @@ class SubnetStrategy(MessagesStrategy):
         if not is_unmade(self.lightning_module):
             super().load_optimizer_state_dict(checkpoint)
             return
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             load_optimizer_state(unwrapped(optimizer), state, self.root_device)
 
     @override

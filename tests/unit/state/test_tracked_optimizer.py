@@ -65,6 +65,21 @@ def test_what_an_optimizer_has_goes_into_a_file_and_comes_back_to_the_bit(tmp_pa
         assert torch.equal(loaded["z"], state["z"])
 
 
+def test_optimizers_of_another_number_are_loaded_by_position():
+    """As by Lightning under `ddp`; it ended with "zip() argument 2 is shorter than argument 1"."""
+    module = small_preact()
+    first, second = (torch.optim.SGD(module.parameters(), rate, momentum=0.9) for rate in (0.1, 0.2))
+    one, two = OptimizerStates([first]), OptimizerStates([first, second])
+    stepped(module, second)
+    both = two.state_dict()
+    for states, saved, rates in ((two, one.state_dict()[:1], (0.3, 0.2)), (one, both, (0.1, 0.2))):
+        saved[0]["param_groups"][0]["lr"] = rates[0]
+        with pytest.warns(UserWarning, match=r"the state of \d optimizer\(s\), and there are \d here"):
+            states.load_state_dict(saved)
+        assert (first.param_groups[0]["lr"], second.param_groups[0]["lr"]) == rates
+    assert len(second.state) == len(list(module.parameters()))
+
+
 def test_milestones_of_numpy_become_numbers_of_python():
     optimizer = torch.optim.SGD(small_preact().parameters(), np.float64(0.1))
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, np.array([2, 2, 3]))
