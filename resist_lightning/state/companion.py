@@ -55,8 +55,8 @@ class Companion:
         """By name, the module's and the copy's tensor, for each tensor that this worker holds."""
         pairs = {}
         for name, own in named_tensors(self._module).items():
-            copy = self._copies[name]
-            if not own.is_meta and not copy.is_meta:
+            copy = self._copies.get(name)  # there is none of a buffer that a forward has registered since
+            if copy is not None and not own.is_meta and not copy.is_meta:
                 pairs[name] = own, copy
         return pairs
 

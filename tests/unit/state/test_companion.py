@@ -30,7 +30,9 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Comp
     with torch.no_grad():
         for tensor in named_tensors(copy).values():
             tensor.add_(1 / 3)
-    return module, copy, Companion(module, copy)
+    companion = Companion(module, copy)
+    module.register_buffer("late", torch.ones(2), persistent=False)  # as by a first forward: the copy has none
+    return module, copy, companion
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
