@@ -102,11 +102,20 @@ class FastPreActResNet(PreActResNet):
 
     The norm and a ReLU before the pooling are those of He et al.; with them, high learning rates train well. Weights,
     gradients and logits stay in 32 bit.
+
+    Args:
+        zero_branches: the last convolution of each residual branch starts at zero (Goyal et al., arXiv 1706.02677), so
+            that every block begins as its skip.
     """
 
-    def __init__(self, sections: Sequence[int], num_classes: int = 10, **options: Any) -> None:
+    def __init__(
+        self, sections: Sequence[int], num_classes: int = 10, *, zero_branches: bool = False, **options: Any
+    ) -> None:
         super().__init__(sections, num_classes, **options)
         self.norm = nn.BatchNorm2d(self.head.in_features)
+        blocks = [module for module in self.modules() if zero_branches and isinstance(module, PreActBlock)]
+        for block in blocks:
+            nn.init.zeros_(block.conv2.weight)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:

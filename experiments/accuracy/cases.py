@@ -79,10 +79,12 @@ def config_of(case: Case, options: Any) -> Config:
 def make_network(case: Case, options: Any, channels: int) -> nn.Module:
     """The network of a case, with the same weights for all methods of one seed."""
     torch.manual_seed(case.seed)
-    size = {"width_multiplier": options.width, "in_channels": channels}
+    size: dict[str, Any] = {"width_multiplier": options.width, "in_channels": channels}
+    sections = (1, 1, options.deep, 1)
+    if case.network == "preact" and options.fast:
+        return FastPreActResNet(sections, zero_branches=options.zero_branches, **size)
     if case.network == "preact":
-        network = FastPreActResNet if options.fast else PreActResNet
-        return network((1, 1, options.deep, 1), 10, **size)
+        return PreActResNet(sections, 10, **size)
     return OpenResNet((2, 2, options.deep, 2), 10, pre_activation=case.network == "open_pre", **size)
 
 

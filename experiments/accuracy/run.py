@@ -3,6 +3,7 @@
 python experiments/accuracy/run.py folder=PATH                 (all studies; PATH: train/<class>/*, test/<class>/*)
 python experiments/accuracy/run.py main check folder=PATH      (some of them)
 python experiments/accuracy/run.py data=cifar10 folder=PATH    (torchvision downloads CIFAR-10 to PATH)
+python experiments/accuracy/run.py size=quarter folder=PATH    (a quarter of the paper's width, an earlier recipe)
 python experiments/accuracy/run.py size=short folder=PATH      (minutes a training, on images of 16 x 16 pixels)
 python experiments/accuracy/run.py size=smoke out=/tmp/smoke   (seconds, on digits)
 
@@ -33,14 +34,17 @@ from experiments.trainers import LARGEST_WORKERS
 NAMES = ["main", "check", *list(STUDIES)[1:]]  # the expensive one, which only chooses a learning rate, comes last
 # Options that a result depends on, besides the case.
 RECORDED = (
-    "data", "samples", "batch", "eval_batch", "evaluations", "limit", "limit_test", "holdout", "shrink", "width", "deep",
-    "lr", "local_steps", "min_blocks", "check_samples", "schedule", "smoothing", "nesterov", "fast",
+    "data", "samples", "batch", "eval_batch", "evaluations", "limit", "limit_test", "holdout", "shrink", "crop_padding", "width",
+    "deep", "lr", "local_steps", "min_blocks", "check_samples", "schedule", "smoothing", "nesterov", "fast",
+    "zero_branches",
 )  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Options(cli.Command):
-    out: str = option(str(tables.RESULTS), "folder of the result files", short=str(tables.SHORT))
+    out: str = option(
+        str(tables.RESULTS), "folder of the result files", quarter=str(tables.QUARTER), short=str(tables.SHORT)
+    )
     data: str = option(
         "folder", "cifar10 is torchvision's download", choices=("folder", "cifar10", "digits"), smoke="digits"
     )
@@ -61,13 +65,17 @@ class Options(cli.Command):
     limit_test: int | None = option(None, "test images per class, null for all", least=1, short=500, smoke=5)
     holdout: float = option(0.04, "share of the training images", above=0, below=1, smoke=0.1)
     shrink: int = option(1, "2 averages squares of 2 x 2 pixels", least=1, most=4, short=2)
-    width: float = option(0.25, "1.0 is the paper's width", above=0, short=0.125, smoke=0.0625)
+    crop_padding: int = option(2, "pixels by which a random crop moves an image at most", least=0, quarter=4, smoke=1)
+    width: float = option(0.5, "1.0 is the paper's width", above=0, quarter=0.25, short=0.125, smoke=0.0625)
     deep: int = option(9, "blocks in section 3; all but the first are partitioned", least=3, most=64, smoke=3)
     lr: float = option(0.05, "highest learning rate", above=0, short=0.03, smoke=0.1)
     schedule: str = option("one_cycle", "schedule of the learning rate", choices=("one_cycle", "steps"), short="steps")
     smoothing: float = option(0.1, "label smoothing", least=0, below=1, short=0.0)
     nesterov: bool = option(True, "Nesterov momentum", short=False)
     fast: bool = option(True, "a batch norm before the pooling, bfloat16, channels last", short=False, smoke=False)
+    zero_branches: bool = option(
+        True, "with fast: residual branches begin at zero", quarter=False, short=False, smoke=False
+    )
     local_steps: int = option(50, "local steps per round", least=1, short=25, smoke=2)
     min_blocks: int = option(2, "minimum blocks per worker", least=0)
     fragments: int = option(4, "fragments of the network, in the study overlap", least=2, smoke=2)

@@ -13,6 +13,7 @@ from experiments.real_processes import agreement
 from resist_lightning import Config
 
 RESULTS = Path(__file__).parent / "results"
+QUARTER = RESULTS / "quarter"
 SHORT = RESULTS / "short"
 SETS = {"folder": "CIFAR-10, JPEG copy", "cifar10": "CIFAR-10", "digits": "digits of scikit-learn"}
 
@@ -57,7 +58,10 @@ def _recipe(settings: Mapping[str, Any]) -> str:
     words = [
         (settings["nesterov"], "Nesterov momentum"),
         (settings["smoothing"], f"labels smoothed by {settings['smoothing']:g}"),
+        (settings["data"] != "digits", "flips"),
+        (settings["crop_padding"], f"random crops that move an image by up to {settings['crop_padding']} pixels"),
         (settings["fast"], "a batch norm before the pooling, bf16 autocast, channels last"),
+        (settings["zero_branches"], "residual branches that begin at zero"),
     ]
     return "".join(f", {word}" for present, word in words if present)
 
@@ -215,4 +219,8 @@ STUDIES = {"main": (conditions, summary, main)} | {
     make.__name__: (make,)
     for make in (check, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, rates)
 }
-TABLES = page_tables(RESULTS, STUDIES, "accuracy_") | page_tables(SHORT, STUDIES, "accuracy_short_")
+TABLES = (
+    page_tables(RESULTS, STUDIES, "accuracy_")
+    | page_tables(QUARTER, STUDIES, "accuracy_quarter_")
+    | page_tables(SHORT, STUDIES, "accuracy_short_")
+)

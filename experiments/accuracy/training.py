@@ -46,8 +46,8 @@ def prepared(options: Any) -> Prepared:
             f"limit={options.limit} with batch={options.batch} leaves {len(pixels)} training images; "
             f"one step of {LARGEST_WORKERS} workers needs {least}: raise limit or lower batch"
         )
-    padding = max(1, pixels.shape[-1] // 8)  # in proportion to the usual 4 of 32
-    augmented = BatchTransform(module.mean, module.std, crop_padding=padding, flip=options.data != "digits")
+    cropped: dict[str, Any] = {"crop_padding": options.crop_padding, "flip": options.data != "digits"}
+    augmented = BatchTransform(module.mean, module.std, **cropped)
     return Prepared.made(parts, augmented, BatchTransform(module.mean, module.std), options.eval_batch)
 
 

@@ -68,11 +68,15 @@ class Study:
         return found
 
 
-def residual_studies(folders: Sequence[Path] = (residual.RESULTS, residual.SHORT)) -> list[Study]:
-    """Studies of residual networks: the full-size trainings, and the short ones."""
-    names = {residual.RESULTS: "CIFAR-10", residual.SHORT: "CIFAR-10, short"}
+def residual_studies(folders: Sequence[Path] = ()) -> list[Study]:
+    """Studies of residual networks: the full-size trainings, narrower ones, and short ones; or those of some folders."""
+    names = {
+        residual.RESULTS: "CIFAR-10",
+        residual.QUARTER: "CIFAR-10, narrow",
+        residual.SHORT: "CIFAR-10, short",
+    }
     found = []
-    for folder in folders:
+    for folder in folders or names:
         content = read(folder, "main")
         if content is not None:
             found.append(Study(names.get(folder, folder.name), _residual_words(content), content["rows"]))

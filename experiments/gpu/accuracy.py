@@ -50,6 +50,7 @@ class Task:
     limit_test: int | None = None
     holdout: float = 0.02
     shrink: int = 1
+    crop_padding: int = 4
     eval_batch: int = 500
 
 

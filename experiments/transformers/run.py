@@ -88,6 +88,7 @@ class Options(cli.Command):
     holdout: float = option(0.02, "share of the training images", above=0, below=1, smoke=0.1)
     # Further options that the images of the accuracy study need.
     shrink: ClassVar[int] = 1
+    crop_padding: ClassVar[int] = 4
     eval_batch: ClassVar[int] = 250
 
     def __post_init__(self) -> None:

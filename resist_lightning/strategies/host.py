@@ -15,10 +15,11 @@ from resist_lightning.strategies.launching.signals import Signals
 class LightningHost(Host):
     """Compares stop requests between workers; agrees on signals and on the loss scale of mixed precision."""
 
-    def __init__(self, trainer: pl.Trainer, signals: Signals, data: str = "shard") -> None:
+    def __init__(self, trainer: pl.Trainer, signals: Signals, data: str = "shard", members: int = 1) -> None:
         self._trainer = trainer
         self._signals = signals
         self._data = data
+        self._members = members  # processes of each worker
 
     @override
     def settings(self) -> dict[str, str]:
@@ -26,9 +27,9 @@ class LightningHost(Host):
         trainer = self._trainer
         names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
         found = {name: str(getattr(trainer, name)) for name in names}
-        if self._data in ("shard", "copy") and trainer._accelerator_connector.use_distributed_sampler:
-            # Lightning's sampler shuffles by this seed: with another one on each process, shards would overlap, those
-            # of the members of a worker too.
+        divides = self._data == "shard" or (self._data == "copy" and self._members > 1)
+        if divides and trainer._accelerator_connector.use_distributed_sampler:
+            # Lightning's sampler shuffles by this seed: with another one on each process, shards would overlap.
             found["seed_everything"] = os.environ.get("PL_GLOBAL_SEED", "not called")
         return {**found, "data": self._data}
 

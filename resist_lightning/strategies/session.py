@@ -99,7 +99,7 @@ class FitSession:
             [unwrapped(optimizer) for optimizer in strategy.optimizers],
             self._config,
             forward_context=trainer.precision_plugin.forward_context,
-            host=LightningHost(trainer, self.signals, self._data),
+            host=LightningHost(trainer, self.signals, self._data, default_collective().members),
             total_steps=total_steps(trainer, default_collective()) if self._config.needs_total_steps else None,
             device=strategy.root_device,
         )

@@ -16,7 +16,7 @@ from experiments.accuracy.run import NAMES, Options
 from experiments.accuracy.training import make_trainer, prepared
 from experiments.harness import cli
 from experiments.harness.record import read_record
-from experiments.networks import OpenResNet
+from experiments.networks import FastPreActResNet, OpenResNet
 from experiments.trainers import DataParallel, Stream, make_optimizer, train
 from resist_lightning.methods.resist.network import select_blocks
 
@@ -185,6 +185,14 @@ def test_each_step_of_the_design_shares_more(pre_activation: bool) -> None:
     assert names["paper"] == ["section3.1", "section3.2", "section3.3"]
     assert names["none"] == []
     assert net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_blocks_of_the_fast_network_begin_as_their_skips() -> None:
+    net = FastPreActResNet((1, 1, 3, 1), width_multiplier=1 / 16, zero_branches=True)
+    x = torch.randn(2, 16, 4, 4)
+    for block in list(net.section3)[1:]:  # the first shrinks its input
+        assert torch.equal(block(x), x)
+    assert net(torch.randn(2, 3, 8, 8)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,12 @@ def test_only_what_a_program_asks_for_is_compared_and_signals_are_told() -> None
 
 
 @pytest.mark.parametrize("placed", [True, False])
-@pytest.mark.parametrize("data", ["shard", "copy", "same"])
-def test_the_seed_is_compared_where_the_order_of_the_data_follows_from_it(
-    data: str, placed: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("data", "members", "divides"),
+    [("shard", 1, True), ("copy", 1, False), ("copy", 2, True), ("same", 1, False)],
+)
+def test_the_seed_is_compared_where_shards_follow_from_it(
+    data: str, members: int, divides: bool, placed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "5")
     names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
@@ -60,10 +63,10 @@ def test_the_seed_is_compared_where_the_order_of_the_data_follows_from_it(
         **dict.fromkeys(names, 1), _accelerator_connector=SimpleNamespace(use_distributed_sampler=placed)
     )
 
-    settings = LightningHost(trainer, Requests(), data).settings()  # type: ignore[arg-type]
+    settings = LightningHost(trainer, Requests(), data, members).settings()  # type: ignore[arg-type]
 
     assert settings["data"] == data
-    assert settings.get("seed_everything") == ("5" if placed and data != "same" else None)
+    assert settings.get("seed_everything") == ("5" if placed and divides else None)
 
 
 @pytest.mark.parametrize(("mine", "others", "agreed"), [(1024.0, [512.0], 512.0), (256.0, [512.0, 1024.0], 256.0)])
