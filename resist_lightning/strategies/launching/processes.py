@@ -227,10 +227,12 @@ def wait_for(workers: Any, forwarder: Forwarder) -> None:
     """
     processes: list[BaseProcess] = workers.processes
     while running := [process.sentinel for process in processes if process.exitcode is None]:
+        # Read once: a worker that ends between two looks would be a failure in the second one.
+        codes = {process.exitcode for process in processes if process.exitcode}
         # Not by `join`, for which the first worker that a signal has stopped is a failure: others may still save.
-        if forwarder.stopping(processes):
+        if forwarder.stopping(codes):
             forwarder.check(processes)
-        elif any(process.exitcode for process in processes):
+        elif codes:
             break
         connection.wait(running, LOOK_SECONDS)
     # The others have time to say what happened to them before they are terminated.

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -72,12 +72,11 @@ class Forwarder:
                 signal.signal(taken, original)
             self._originals = {}
 
-    def stopping(self, workers: Sequence[BaseProcess]) -> bool:
-        """Whether a signal stops the workers, so that those that end first have not failed."""
-        if not self._received:  # it may have reached the workers alone, as the first exit code says
-            codes = {worker.exitcode for worker in workers if worker.exitcode}
-            if codes and codes <= _EXIT_CODES.keys():
-                self._received, self._first_at = _EXIT_CODES[min(codes)], time.monotonic()
+    def stopping(self, codes: Set[int]) -> bool:
+        """Whether a signal stops the workers, so that those that end first, with these codes, have not failed."""
+        # It may have reached the workers alone, as the first exit code says.
+        if not self._received and codes and codes <= _EXIT_CODES.keys():
+            self._received, self._first_at = _EXIT_CODES[min(codes)], time.monotonic()
         return bool(self._received)
 
     def check(self, workers: Sequence[BaseProcess]) -> None:
