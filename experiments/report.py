@@ -89,10 +89,15 @@ def _accuracy_rows(results: Mapping[str, Any]) -> list[Row]:
 
 def _parameter_rows(results: Mapping[str, Any]) -> list[Row]:
     counted = results["parameters"]
-    return [
-        ("parameters, full model", f"{counted['full']:,}", ""),
-        ("held by one worker, at most", f"{counted['held_by_one_worker']:,}", f"{counted['held_share']:.1%} of them"),
-    ]
+    held = ("-", unknown("round_monitor"))
+    if counted["held_by_one_worker"] is not None:
+        held = (f"{counted['held_by_one_worker']:,}", f"{counted['held_share']:.1%} of them")
+    return [("parameters, full model", f"{counted['full']:,}", ""), ("held by one worker, at most", *held)]
+
+
+def unknown(callback: str) -> str:
+    """Why a quantity is missing."""
+    return f"unknown without callbacks.{callback}"
 
 
 def _stage_rows(results: Mapping[str, Any]) -> list[Row]:
@@ -114,6 +119,8 @@ def _stage_rows(results: Mapping[str, Any]) -> list[Row]:
 
 def _byte_rows(results: Mapping[str, Any]) -> list[Row]:
     sent = results["sent_bytes"]
+    if sent["training"] is None:
+        return [("sent by one worker", "-", unknown("clock" if results["strategy"] == "ddp" else "round_monitor"))]
     own = ("sent by one worker", bytes_in_words(sent["training"]))
     if results["workers"] == 1:
         return [(*own, "one worker talks to nobody")]

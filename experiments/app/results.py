@@ -25,6 +25,7 @@ RUN_FILE = "run.json"
 SUMMARY_FILE = "resist_summary.json"
 RESULTS_FILE = "results.json"
 BYTES_PER_PARAMETER = 4
+HOLD_ALL = ("single", "ddp", "local_sgd")  # strategies whose workers hold the whole network
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,23 @@ def _stages(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _parameters(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Parameters held; None where only the RoundMonitor, which the run did not have, could say."""
     full = run["full_parameters"]
+    if summary is None and run["workers"] > 1 and run["strategy"] not in HOLD_ALL:
+        return {"full": full, "held_by_one_worker": None, "held_share": None}
     held = summary["held_parameters_max"] if summary else full
     return {"full": full, "held_by_one_worker": held, "held_share": held / full}
 
 
 def _sent(run: Mapping[str, Any], summary: Mapping[str, Any] | None, clock: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes sent by one worker in training, mean over workers, beside those of DDP and local SGD."""
+    """Bytes sent by one worker in training, mean over workers, beside those of DDP and local SGD; None: unknown."""
     if summary is None:
-        by_closed_form = ddp_bytes(BYTES_PER_PARAMETER * run["full_parameters"], run["workers"], clock.get("steps", 0))
-        sent = by_closed_form if run["strategy"] == "ddp" else 0  # one process sends nothing
+        steps = clock.get("steps")
+        gradients = BYTES_PER_PARAMETER * run["full_parameters"]
+        by_closed_form = None if steps is None else ddp_bytes(gradients, run["workers"], steps)
+        sent = by_closed_form if run["strategy"] == "ddp" else None
+        if run["workers"] == 1:
+            sent = 0
         return {"measured": False, "training": sent, "ddp": by_closed_form, "local_sgd": None, "by_kind": {}}
     by_kind = {kind: sum(sent) / len(sent) for kind, sent in summary["sent_bytes"].items()}
     training = sum(by_kind.get(kind, 0) for kind in TRAINING_KINDS)

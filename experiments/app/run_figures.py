@@ -163,7 +163,8 @@ def _who_trained(results: Mapping[str, Any]) -> str:
     if results["workers"] == 1:
         return "training"
     if results["strategy"] == "auxnet":
-        return "training, last stage fed by guesses" if results["stages"]["mismatch"] else "training"
+        guesses = results["stages"] is not None and results["stages"]["mismatch"]
+        return "training, last stage fed by guesses" if guesses else "training"
     return "training, sub-network of worker 0" if results["strategy"] in ("resist", "ist") else "training, worker 0"
 
 
@@ -193,6 +194,8 @@ def _mark_rate_drops(axes: Axes, rate: Curve) -> None:
 
 
 def _rounds_in_words(results: Mapping[str, Any]) -> str:
+    if results["local_steps"] is None:
+        return ""
     if not results["rounds"]:
         return f"{results['local_steps']} steps"
     return f"{results['local_steps']} local steps in {results['rounds']} rounds"

@@ -249,6 +249,34 @@ def test_a_run_without_logger_and_callbacks_still_has_its_accuracy(tmp_path: Pat
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.parametrize(
+    ("strategy", "left_out", "held", "sent"),
+    [
+        ("resist", "round_monitor", None, None),
+        ("ist", "round_monitor", None, None),
+        ("auxnet", "round_monitor", None, None),
+        ("local_sgd", "round_monitor", 1000, None),
+        ("ddp", "clock", 1000, None),
+        ("ddp", "round_monitor", 1000, 25 * 4 * 1000),
+    ],
+)
+def test_what_a_callback_that_was_left_out_would_have_told_is_unknown(
+    tmp_path: Path, strategy: str, left_out: str, held: int | None, sent: int | None
+) -> None:
+    """A run of ResIST without RoundMonitor was reported to hold 100 % and to send 0 B, DDP without Clock to send 0 B.
+
+    AuxNet without RoundMonitor ended with a TypeError, behind its training.
+    """
+    write(tmp_path, {**RUN, "strategy": strategy}, metrics=METRICS)
+    if left_out == "clock":
+        (tmp_path / "clock.json").unlink()
+    results, text = reported(tmp_path)
+    assert (results["parameters"]["held_by_one_worker"], results["sent_bytes"]["training"]) == (held, sent)
+    assert (f"unknown without callbacks.{left_out}" in text) == (None in (held, sent))
+    assert "0 B" not in text
+    assert (tmp_path / "accuracy.png").exists()
+
+
 def test_another_folder_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
