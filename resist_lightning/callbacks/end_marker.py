@@ -6,9 +6,10 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from resist_lightning.checkpoint.followed_folder import mark_end, remove_end
+from resist_lightning.checkpoint.followed_folder import END_MARKER, mark_end, remove_end
 from resist_lightning.strategies.saving.checkpoint_files import local_path
 
 
@@ -16,7 +17,8 @@ class EndMarker(Callback):
     """Writes ``training_ended.json`` beside the checkpoints when ``fit`` is complete, and removes it when it begins.
 
     So a :class:`~resist_lightning.evaluator.CheckpointEvaluator` knows that no more checkpoints will come. A run that
-    ends with an error or a signal writes none: it may be resumed. Works with any strategy.
+    ends with an error or a signal writes none: it may be resumed. With ``fast_dev_run``, which saves nothing, it leaves
+    the folder alone. Works with any strategy.
 
     Raises:
         ValueError: when ``fit`` starts, if no ``ModelCheckpoint`` writes to a local folder, or one waits for
@@ -42,11 +44,19 @@ class EndMarker(Callback):
         """Write the marker; all checkpoints are on disk by now, also those that a thread has written."""
         if trainer.is_global_zero:
             for folder in _folders(trainer):
-                mark_end(folder, trainer.global_step)
+                try:
+                    mark_end(folder, trainer.global_step)
+                except OSError as error:
+                    rank_zero_warn(
+                        f"{folder / END_MARKER} could not be written ({error}), so an evaluator ends after its "
+                        "`silence` only. The training itself has succeeded."
+                    )
 
 
 def _folders(trainer: pl.Trainer) -> list[Path]:
-    found = []
+    found: list[Path] = []
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return found  # another training may be running there
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
             folder = local_path(callback.dirpath)

@@ -205,6 +205,30 @@ def test_the_marker_is_written_at_the_end_and_removed_by_a_run_that_goes_on(fold
         trainer_with(callbacks=[EndMarker()], max_epochs=1).fit(Line(), BATCHES)
 
 
+def test_a_fast_dev_run_leaves_the_folder_alone(tmp_path: Path) -> None:
+    """It removed the marker of a complete training, and told the evaluator of a running one that it had ended."""
+    saver = ModelCheckpoint(tmp_path / "checkpoints")
+    options: dict[str, Any] = {"enable_checkpointing": True, "fast_dev_run": True}
+    trainer_with(callbacks=[saver, EndMarker()], **options).fit(Line(), BATCHES)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "checkpoints").mkdir()
+    marker = tmp_path / "checkpoints" / END_MARKER
+    marker.write_text("of the training")
+    trainer_with(callbacks=[ModelCheckpoint(marker.parent), EndMarker()], **options).fit(Line(), BATCHES)
+    assert marker.read_text() == "of the training"
+
+
+def test_a_marker_that_cannot_be_written_does_not_end_the_run(folder: Path) -> None:
+    """A full disk at the end of a training lost its model under `spawn`, in an error of the last hook."""
+
+    class Fills(L.Callback):
+        def on_train_end(self, *_: Any) -> None:
+            (folder / END_MARKER).mkdir()
+
+    with pytest.warns(UserWarning, match=r"training_ended.json could not be written .* training itself has succeeded"):
+        train(folder, Fills(), EndMarker())
+
+
 def test_a_checkpoint_that_waits_for_validations_which_are_off_is_refused(tmp_path: Path) -> None:
     """The demo validates every second epoch; without validations it ran to its end and saved nothing."""
     options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0, "check_val_every_n_epoch": 2}
