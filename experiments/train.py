@@ -22,6 +22,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig
 
 from experiments.app.build import (
@@ -114,13 +115,17 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """The trainer with its strategy, callbacks and loggers; an entry that is null is left out."""
+    """The trainer with its strategy, callbacks and loggers; an entry that is null is left out.
+
+    So is a monitor of the learning rate where no logger is left, which Lightning would refuse in the workers.
+    """
     strategy = build_strategy(cfg.strategy)
     chosen = {key: node for key, node in (cfg.callbacks or {}).items() if node is not None}
     if not isinstance(strategy, SubnetStrategy):
         chosen.pop("round_monitor", None)  # it would warn that there is nothing to report
-    callbacks = [make(node, f"callbacks.{key}") for key, node in chosen.items()]
     loggers = [make(node, f"logger.{key}") for key, node in (cfg.logger or {}).items() if node is not None]
+    made = [make(node, f"callbacks.{key}") for key, node in chosen.items()]
+    callbacks = [one for one in made if loggers or not isinstance(one, LearningRateMonitor)]
     return make(
         cfg.trainer,
         "trainer",

@@ -113,7 +113,8 @@ def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False
             if forced == wanted:
                 raise ConfigError(str(error).partition("Config search path")[0]) from error
             wanted = forced
-        except (AssertionError, AttributeError) as error:  # raised inside of OmegaConf, where null is given members
+        # Raised inside of OmegaConf, where null is given members, and of Hydra, for a group that is null.
+        except (AssertionError, AttributeError, ValueError) as error:
             said = str(error).partition("\n")[0]
             raise ConfigError(f"{' '.join(wanted)}: cannot be put into the configuration ({said})") from error
     raise AssertionError("every override is forced at most once")

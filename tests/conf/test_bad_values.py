@@ -31,6 +31,7 @@ BAD_COMMAND_LINES = {
     "-m seed=range(1,5,0)": r"seed=range\(1,5,0\): has no values to try \(range\(\) arg 3 must not be zero\)",
     "-m optimizer.lr=glob(*)": r"optimizer\.lr=glob\(\*\): has no values to try",
     "-m +hydra.sweeper.params.seed=1": r"\+hydra\.sweeper\.params\.seed=1: cannot be put into",
+    "seed=1 logger=null": r"seed=1 logger=null: cannot be put into the configuration \(.*must be a string",
     "-m seed=1,2 strategy.start_method=popen": r"strategy\.start_method=popen:.*strategy\.start_method=spawn",
 }
 BAD_VALUES = {

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from lightning.pytorch.callbacks import LearningRateMonitor
+from omegaconf import DictConfig, OmegaConf
 
-from experiments.app.build import count_workers
-from experiments.train import cpu_threads
+from experiments.app.build import build_data, build_module, count_workers
+from experiments.train import build_trainer, cpu_threads
 from resist_lightning import LocalSGDStrategy
 from resist_lightning.methods.ist.partition import draw_neurons
+from tests.conf.conftest import configuration
 from tests.helpers.programs import ROOT, run_module, run_program
 
 SMALL = [
@@ -29,6 +31,12 @@ FORKED = "strategy.start_method=fork"
 
 def train(*arguments: str) -> str:
     return run_module("experiments.train", *arguments, timeout=240)
+
+
+def plain(folder: Path, *overrides: str) -> DictConfig:
+    """The configuration of a small run in one process."""
+    small = [word for word in TINY if not word.startswith("logger=")]
+    return configuration("strategy=single", "trainer.devices=1", *small, f"output_dir={folder}", *overrides)
 
 
 def read(folder: Path, name: str = "results.json") -> dict[str, Any]:
@@ -144,6 +152,18 @@ def test_the_same_command_runs_one_plain_process(tmp_path: Path) -> None:
     assert (results["strategy"], results["workers"], results["sent_bytes"]["training"]) == ("single", 1, 0)
     assert results["local_steps"] == math.ceil(180 / 32)
     assert (tmp_path / "run" / "accuracy.png").exists()
+
+
+def test_without_loggers_it_trains(tmp_path: Path) -> None:
+    """The monitor of the learning rate ended every run with `logger=none`, in the workers, with a traceback."""
+    chosen = plain(tmp_path, "logger=none", "trainer.max_steps=1")
+    trainer = build_trainer(chosen)
+    data = build_data(chosen.data)
+    trainer.fit(build_module(chosen, data), datamodule=data)
+    assert trainer.global_step == 1
+    assert not any(isinstance(one, LearningRateMonitor) for one in trainer.callbacks)
+    with_loggers = build_trainer(plain(tmp_path, "logger=csv"))
+    assert any(isinstance(one, LearningRateMonitor) for one in with_loggers.callbacks)
 
 
 @pytest.mark.timeout(300)
