@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also in spawned workers, which import this file
 
@@ -18,12 +19,21 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.app.build import build_data, build_module, build_strategy, check_evaluate, is_plain, strategy_name
+from experiments.app.build import (
+    build_data,
+    build_module,
+    build_strategy,
+    check_evaluate,
+    is_plain,
+    refused_by_lightning,
+    strategy_name,
+)
 from experiments.app.launch import check_command_line
 from experiments.app.quiet import hush
 from experiments.harness.cli import readable_errors
 from experiments.harness.settings import ConfigError
 from experiments.trainers import quiet_trainer
+from resist_lightning.errors import first_line
 
 hush()
 
@@ -80,23 +90,37 @@ def evaluate(
     Args:
         module: the plain module.
         data: the data module.
-        cfg: the configuration of the training; accelerator, devices and limits are taken from it.
+        cfg: the configuration of the training; accelerator, devices and limits are taken from it, but not validations
+            that are switched off.
         checkpoint: a file whose weights are loaded; None takes the module as it is.
         strategy: the strategy to evaluate under; None for one plain process, which needs no more than Lightning.
         split: ``test`` or ``val``.
     """
     if strategy is None and checkpoint is not None:
-        module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        load_weights(module, checkpoint)
     same = ("accelerator", "precision", "limit_test_batches", "limit_val_batches", "fast_dev_run")
-    trainer = quiet_trainer(
-        "auto" if strategy is None else build_strategy(strategy),
-        1 if strategy is None else cfg.trainer.devices,
-        **{key: cfg.trainer[key] for key in same},
-    )
+    options = {key: cfg.trainer[key] for key in same}
+    if options["limit_val_batches"] == 0:
+        options["limit_val_batches"] = None
+    devices = 1 if strategy is None else cfg.trainer.devices
+    with refused_by_lightning(f"accelerator={cfg.trainer.accelerator} with devices={devices}"):
+        trainer = quiet_trainer("auto" if strategy is None else build_strategy(strategy), devices, **options)
     run = trainer.test if split == "test" else trainer.validate
     path = str(checkpoint) if strategy is not None and checkpoint is not None else None
     (metrics,) = run(module, datamodule=data, ckpt_path=path, verbose=False)
     return {"accuracy": metrics[f"{split}/acc"], "loss": metrics[f"{split}/loss"]}
+
+
+def load_weights(module: L.LightningModule, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint into the plain module."""
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(state)
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"ckpt_path={checkpoint}: is no checkpoint of the network of this run ({type(error).__name__}: "
+            f"{first_line(str(error))}); name one of RUN_DIR/checkpoints/*.ckpt"
+        ) from error
 
 
 def own_strategy(wanted: DictConfig, trained: DictConfig) -> DictConfig:

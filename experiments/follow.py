@@ -15,7 +15,15 @@ import hydra
 import lightning as L
 from omegaconf import DictConfig
 
-from experiments.app.build import build_data, build_module, build_strategy, check_follow, is_plain, make
+from experiments.app.build import (
+    build_data,
+    build_module,
+    build_strategy,
+    check_follow,
+    is_plain,
+    make,
+    refused_by_lightning,
+)
 from experiments.app.launch import check_command_line
 from experiments.app.quiet import hush
 from experiments.evaluate import own_strategy, run_config
@@ -48,16 +56,17 @@ def follow(cfg: DictConfig) -> list[Evaluation]:
     data = build_data(trained.data)
     module = build_module(trained, data)
     loggers = [make(node, f"logger.{key}") for key, node in (cfg.logger or {}).items() if node is not None]
-    trainer = L.Trainer(
-        strategy=strategy,
-        accelerator=cfg.accelerator,
-        devices=1,
-        precision=trained.trainer.precision,
-        logger=loggers or False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=cfg.output_dir,
-    )
+    with refused_by_lightning(f"accelerator={cfg.accelerator}"):
+        trainer = L.Trainer(
+            strategy=strategy,
+            accelerator=cfg.accelerator,
+            devices=1,
+            precision=trained.trainer.precision,
+            logger=loggers or False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            default_root_dir=cfg.output_dir,
+        )
     try:
         options = {key: cfg[key] for key in ("monitor", "mode", "silence", "poll_seconds")}
         return CheckpointEvaluator(trainer, **options).follow(module, cfg.folder, datamodule=data)

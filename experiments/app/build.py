@@ -7,7 +7,8 @@ the user's own needs no entry here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import cache, reduce
 from operator import or_
@@ -20,6 +21,7 @@ import torch
 from hydra._internal.utils import _locate  # what hydra.utils.get_object calls, without its line in the log
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -170,6 +172,15 @@ def make(node: DictConfig, key: str, **arguments: Any) -> Any:
         said = str(cause if isinstance(cause, ValueError | TypeError) else error)
         named = any(said.startswith(f"{name}=") for name in node)
         raise ConfigError(f"{key}.{said}" if named else f"{key}: {said}") from error
+
+
+@contextmanager
+def refused_by_lightning(said: str) -> Iterator[None]:
+    """Turn Lightning's refusal of a trainer's options, such as a GPU that is not there, into a ConfigError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigError(f"{said}: {error}") from error
 
 
 def count_workers(strategy: Any, trainer: DictConfig) -> int:

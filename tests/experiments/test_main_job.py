@@ -15,6 +15,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.app.build import build_data, build_module, count_workers
+from experiments.evaluate import evaluate
+from experiments.follow import follow
+from experiments.harness.settings import ConfigError
 from experiments.train import build_trainer, cpu_threads
 from resist_lightning import LocalSGDStrategy
 from resist_lightning.methods.ist.partition import draw_neurons
@@ -152,6 +155,40 @@ def test_the_same_command_runs_one_plain_process(tmp_path: Path) -> None:
     assert (results["strategy"], results["workers"], results["sent_bytes"]["training"]) == ("single", 1, 0)
     assert results["local_steps"] == math.ceil(180 / 32)
     assert (tmp_path / "run" / "accuracy.png").exists()
+
+
+def test_the_holdout_is_evaluated_where_the_training_validates_nothing(tmp_path: Path) -> None:
+    """`split=val` ended with "not enough values to unpack" for runs of `callbacks=followed`."""
+    cfg = plain(tmp_path, "trainer.limit_val_batches=0")
+    data = build_data(cfg.data)
+    found = evaluate(build_module(cfg, data), data, cfg, checkpoint=None, split="val")
+    assert 0 <= found["accuracy"] <= 1
+
+
+def test_a_checkpoint_that_does_not_fit_and_a_device_that_is_not_there_are_told_in_a_line(tmp_path: Path) -> None:
+    """Each ended `evaluate.py`, and the device `follow.py`, with a traceback."""
+    cfg = plain(tmp_path)
+    data = build_data(cfg.data)
+    module = build_module(cfg, data)
+    path = tmp_path / "checkpoints" / "some.ckpt"
+    path.parent.mkdir()
+    for content in ({"state_dict": {"net.other": torch.ones(1)}}, {"weights": {}}, [1]):
+        torch.save(content, path)
+        with pytest.raises(ConfigError, match=r"some\.ckpt: is no checkpoint of the network of this run"):
+            evaluate(module, data, cfg, checkpoint=path)
+    for text in (b"", b"nonsense"):
+        path.write_bytes(text)
+        with pytest.raises(ConfigError, match=r"some\.ckpt: is no checkpoint of the network of this run"):
+            evaluate(module, data, cfg, checkpoint=path)
+
+    absent = plain(tmp_path, "trainer.accelerator=mps")
+    with pytest.raises(ConfigError, match=r"accelerator=mps with devices=1: .*not available"):
+        evaluate(module, data, absent, checkpoint=None)
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(cfg, tmp_path / ".hydra" / "config.yaml")
+    following = [f"folder={path.parent}", "accelerator=mps", f"output_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"accelerator=mps: .*not available"):
+        follow(configuration(*following, config_name="follow"))
 
 
 def test_without_loggers_it_trains(tmp_path: Path) -> None:
