@@ -17,7 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.app.bytes_figure import draw_bytes
-from experiments.app.results import SUMMARY_FILE, collect, read_curves, read_json, write_results
+from experiments.app.results import (
+    REPORT_FILE,
+    RESULTS_FILE,
+    SUMMARY_FILE,
+    collect,
+    read_curves,
+    read_json,
+    write_results,
+)
 from experiments.app.run_figures import draw_accuracy, draw_neurons, draw_partition
 from experiments.app.timeline_figure import draw_timeline
 from experiments.harness.cli import fail
@@ -48,9 +56,9 @@ def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
     table = make_table(results)
     (console or Console()).print(table)
     # A file has no width of its own, and a terminal's would break its lines.
-    with (folder / "report.txt").open("w") as file:
+    with (folder / REPORT_FILE).open("w") as file:
         Console(file=file, width=110).print(table)
-    written = ", ".join(["results.json", "report.txt", *(path.name for path in drawn)])
+    written = ", ".join([RESULTS_FILE, REPORT_FILE, *(path.name for path in drawn)])
     (console or Console()).print(f"[dim]{folder}:[/dim] {written}", soft_wrap=True)
     return results
 

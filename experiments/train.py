@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from experiments.app.build import (
 )
 from experiments.app.launch import check_command_line
 from experiments.app.quiet import hush
-from experiments.app.results import write_run
+from experiments.app.results import remove_results, write_run
 from experiments.evaluate import evaluate
 from experiments.harness.cli import readable_errors
 from experiments.harness.settings import ConfigError
@@ -71,6 +71,9 @@ def run(cfg: DictConfig) -> float:
     trainer = build_trainer(cfg)
     if trainer.local_rank == 0:
         data.prepare_data()  # here and not in a worker: the others would wait for it, no longer than their timeout
+    if trainer.is_global_zero:
+        remove_results(Path(cfg.output_dir))
+    earlier = last_checkpoints(cfg, trainer)
     started = time.perf_counter()
     fit(trainer, module, data)
     wall_seconds = time.perf_counter() - started
@@ -78,7 +81,7 @@ def run(cfg: DictConfig) -> float:
         return float("nan")
     if trainer.interrupted:
         raise ConfigError("the training was interrupted; there is nothing to report")
-    checkpoint = tested_checkpoint(cfg, trainer)
+    checkpoint = tested_checkpoint(cfg, trainer, earlier)
     metrics = evaluate(module, data, cfg, checkpoint=checkpoint, strategy=testing_strategy(cfg))
     write_run(
         Path(cfg.output_dir),
@@ -148,8 +151,21 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
         raise
 
 
-def tested_checkpoint(cfg: DictConfig, trainer: L.Trainer) -> Path | None:
-    """The file whose model is tested; None for the model as the training left it."""
+def last_checkpoints(cfg: DictConfig, trainer: L.Trainer) -> dict[Path, int]:
+    """The files of last checkpoints, also of earlier runs in this folder, with their times of writing."""
+    given = getattr(trainer.checkpoint_callback, "dirpath", None)
+    folder = Path(given or Path(cfg.output_dir) / "checkpoints")
+    return {path: path.stat().st_mtime_ns for path in folder.glob("last*.ckpt")}
+
+
+def tested_checkpoint(cfg: DictConfig, trainer: L.Trainer, earlier: Mapping[Path, int]) -> Path | None:
+    """The file whose model is tested; None for the model as the training left it.
+
+    Args:
+        cfg: the configuration.
+        trainer: after its training.
+        earlier: `last_checkpoints` before its training; beside one of an earlier run Lightning writes last-v1.ckpt.
+    """
     saved = trainer.checkpoint_callback
     if cfg.ckpt_path is None or (saved is None and cfg.ckpt_path in ("best", "last")):
         return None
@@ -157,8 +173,8 @@ def tested_checkpoint(cfg: DictConfig, trainer: L.Trainer) -> Path | None:
         best: Any = getattr(saved, "best_model_path", "")
         return Path(best) if best else None
     if cfg.ckpt_path == "last":
-        last = Path(cfg.output_dir) / "checkpoints" / "last.ckpt"
-        return last if last.exists() else None
+        written = {path: when for path, when in last_checkpoints(cfg, trainer).items() if earlier.get(path) != when}
+        return max(written, key=lambda path: written[path], default=None)
     return Path(cfg.ckpt_path)
 
 

@@ -24,6 +24,9 @@ from resist_lightning.comm.byte_formulas import TRAINING_KINDS, ddp_bytes
 RUN_FILE = "run.json"
 SUMMARY_FILE = "resist_summary.json"
 RESULTS_FILE = "results.json"
+CURVES_FILE = "csv/metrics.csv"
+REPORT_FILE = "report.txt"
+PICTURES = ("accuracy.png", "partition.png", "timeline.png", "bytes.png")
 BYTES_PER_PARAMETER = 4
 HOLD_ALL = ("single", "ddp", "local_sgd")  # strategies whose workers hold the whole network
 
@@ -34,6 +37,12 @@ class Curve:
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what an earlier run has left in the folder: a run that does not write it anew would report it as its own."""
+    for name in (RUN_FILE, SUMMARY_FILE, CLOCK_FILE, CURVES_FILE, RESULTS_FILE, REPORT_FILE, *PICTURES):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_run(folder: Path, run: Mapping[str, Any]) -> None:
@@ -50,7 +59,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
 
 def read_curves(folder: Path) -> dict[str, Curve]:
     """Everything in ``csv/metrics.csv``, by name; empty without the CSV logger."""
-    path = folder / "csv" / "metrics.csv"
+    path = folder / CURVES_FILE
     curves: dict[str, Curve] = {}
     if not path.exists():
         return curves

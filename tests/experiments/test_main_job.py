@@ -149,9 +149,15 @@ def test_the_same_command_runs_the_other_strategies_with_workers(tmp_path: Path)
         assert results["parameters"]["held_share"] == 1
 
 
-def test_the_same_command_runs_one_plain_process(tmp_path: Path) -> None:
-    train(*TINY, "trainer.devices=1", "strategy=single", f"hydra.run.dir={tmp_path}/run")
+def test_the_same_command_runs_one_plain_process_where_another_run_was(tmp_path: Path) -> None:
+    """The other run's rounds and bytes were reported, and its last checkpoint tested."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("resist_summary.json", "partition.png", "checkpoints/last.ckpt"):
+        (tmp_path / "run" / name).write_text("of another run")
+    train(*TINY, "trainer.devices=1", "strategy=single", "ckpt_path=last", f"hydra.run.dir={tmp_path}/run")
     results = read(tmp_path / "run")
+    assert results["checkpoint"] == str(tmp_path / "run" / "checkpoints" / "last-v1.ckpt")
+    assert not (tmp_path / "run" / "partition.png").exists()
     assert (results["strategy"], results["workers"], results["sent_bytes"]["training"]) == ("single", 1, 0)
     assert results["local_steps"] == math.ceil(180 / 32)
     assert (tmp_path / "run" / "accuracy.png").exists()
