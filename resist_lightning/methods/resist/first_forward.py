@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from resist_lightning.errors import BlockSelectionError
@@ -22,7 +22,7 @@ from resist_lightning.methods.resist.branches import find_branch_ends
 from resist_lightning.methods.resist.bypass import Bypass, first_argument, input_of, output_form, refuse_compiled
 from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.runs import NotSeenError
-from resist_lightning.methods.resist.trial import copied, is_norm, trial, zero_weights
+from resist_lightning.methods.resist.trial import copied, is_norm, trial, two_samples, zero_weights
 from resist_lightning.state.compiled import is_exporting, uncompiled
 from resist_lightning.state.random_state import random_numbers_apart
 
@@ -122,7 +122,7 @@ class _Look:
     ) -> tuple[BranchEnd, ...]:
         """The ends, found with two samples of the batch where these are enough, else with all."""
         inputs = [(x, args, kwargs)]
-        small = _two_samples(x, args, kwargs)
+        small = two_samples(x, args, kwargs)
         if small is not None:
             inputs.insert(0, small)
         # Some kernels, of attention for example, are for 16 bits only.
@@ -242,26 +242,6 @@ def _kind(body: nn.Module) -> Any:
     """A key that is the same for blocks of one class with tensors of the same names and shapes."""
     tensors = [*body.named_parameters(), *body.named_buffers()]
     return type(body), tuple((name, tensor.shape) for name, tensor in tensors)
-
-
-def _two_samples(
-    x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments for the first two samples of a batch; None where these may not be enough."""
-    leaves, structure = tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if x.dim() < 3 or len(x) <= 2:
-        return None
-    if not all(isinstance(leaf, Tensor | bool | int | float | str | type(None)) for leaf in leaves):
-        return None
-    for tensor in tensors:
-        # Other integers may be indices, such as the edges of a graph, that point to other samples.
-        counted = tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.dim() == 0
-        if not counted and len(tensor) not in (1, len(x)):
-            return None
-    cut = [leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(x) else leaf for leaf in leaves]
-    given, named = tree_unflatten(cut, structure)
-    return x[:2], given, named
 
 
 def _norms_among_others(module: nn.Module) -> list[nn.Module]:

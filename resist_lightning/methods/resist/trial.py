@@ -153,6 +153,26 @@ def copied(arguments: Any, dtype: torch.dtype | None = None) -> Any:
     return tree_unflatten([_copied_leaf(leaf, dtype) for leaf in leaves], structure)
 
 
+def two_samples(
+    x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments for the first two samples of a batch; None where these may not be enough."""
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if x.dim() < 3 or len(x) <= 2:
+        return None
+    if not all(isinstance(leaf, Tensor | bool | int | float | str | type(None)) for leaf in leaves):
+        return None
+    for tensor in tensors:
+        # Other integers may be indices, such as the edges of a graph, that point to other samples.
+        counted = tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.dim() == 0
+        if not counted and len(tensor) not in (1, len(x)):
+            return None
+    cut = [leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(x) else leaf for leaf in leaves]
+    given, named = tree_unflatten(cut, structure)
+    return x[:2], given, named
+
+
 def _copied_leaf(leaf: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(leaf, Tensor):
         found = leaf.detach().clone()
