@@ -115,7 +115,8 @@ def check_tensors(module: nn.Module) -> None:
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, then buffers, by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    # By the base class: torch's checkpoint_wrapper leaves itself out of the names of its own parameters only.
+    return {**dict(nn.Module.named_parameters(module)), **dict(module.named_buffers())}
 
 
 class KnownTensors:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
 
 from resist_lightning import Config, Engine
@@ -86,10 +88,10 @@ def batch(worker: int, step: int) -> Tensor:
     return torch.randn(4, TOKENS, 3, generator=torch.Generator().manual_seed(10 * worker + step))
 
 
-def train(collective: Any, template: nn.Module) -> dict[str, Tensor]:
+def train(collective: Any, template: nn.Module, config: Config = CONFIG) -> dict[str, Tensor]:
     net = copy.deepcopy(template)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    engine = Engine(net, [optimizer], CONFIG, collective=collective)
+    engine = Engine(net, [optimizer], config, collective=collective)
     engine.start()
     for step in range(5):
         optimizer.zero_grad()
@@ -118,6 +120,20 @@ def test_blocks_called_by_keyword_train_like_those_called_by_position_and_like_t
         simulator.after_step()
     for name, tensor in simulator.full_model().state_dict().items():
         assert torch.allclose(keyword[name], tensor, atol=1e-6), name
+
+
+@pytest.mark.parametrize("held", [1, 4])
+def test_blocks_inside_of_a_checkpoint_wrapper_train_as_the_blocks_themselves_do(held: int) -> None:
+    """Blocks that all workers held were not averaged, in silence; else the scale ended the run with a KeyError."""
+    net, config = Calls(Mixer, "position"), replace(CONFIG, min_blocks=held)
+    wrapped = copy.deepcopy(net)
+    for index, block in enumerate(wrapped.blocks):
+        wrapped.blocks[index] = checkpoint_wrapper(block)
+    (expected, _), _ = run_threads(train, 2, net, config)
+    (state, other), _ = run_threads(train, 2, wrapped, config)
+    assert_equal_states(state, other, exactly=True)
+    unwrapped = {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in state.items()}
+    assert_equal_states(unwrapped, expected, exactly=True)
 
 
 class Writes(nn.Module):
