@@ -45,12 +45,14 @@ class Seen:
         assumed: whether the ends are those of a checkpoint, and the first forward of this run is still to come.
         output: form by which its output is made of its arguments while it is absent; None if the output is the input.
         why: error of the last failed search for its ends; empty if there was none.
+        called: whether the block has been called by now; None where nothing waits for this.
     """
 
     ends: tuple[BranchEnd, ...] | None = None
     assumed: bool = False
     output: Any = None
     why: str = ""
+    called: bool | None = None
 
     def take(self, other: Seen) -> None:
         """Take over the findings of a copy of the block."""

@@ -110,10 +110,16 @@ class Bypass:
         """Return the input, or a copy of it, and the block's other return values.
 
         Raises:
-            BlockSelectionError: if the input is not a floating tensor, or the network was compiled as a whole.
+            BlockSelectionError: if the input is not a floating tensor, or the network was compiled as a whole, or calls
+                the block's forward past its hooks.
         """
         if torch.compiler.is_compiling() and not is_exporting():
             refuse_compiled(self._name)
+        if self._seen.called is False:
+            raise BlockSelectionError(
+                f"block {self._name!r} is called as block.forward(x), past its hooks, so it cannot be checked, nor its "
+                "branches be scaled in the full model. Call the block itself: block(x); or leave it out of `blocks`."
+            )
         x = self._safe(input_of(self._name, self._argument, args, kwargs))
         form: OutputForm | None = self._seen.output
         return x if form is None else form.make(x, args, kwargs)

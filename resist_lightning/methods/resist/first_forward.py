@@ -68,6 +68,8 @@ class _Look:
         self._argument = first_argument(module)
         self._body = getattr(module, "_orig_mod", module)  # the module that torch.compile wraps
         self._forward: Callable[..., Any] = self._body.forward
+        if not foldable(block):
+            block.seen.called = False
         block.compiled.hold_back("not seen")
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -86,6 +88,7 @@ class _Look:
             return
         if torch.compiler.is_compiling():
             refuse_compiled(self._block.name)
+        self._block.seen.called = True
         x = input_of(self._block.name, self._argument, args, kwargs)
         if any(isinstance(child, torch.jit.ScriptModule) for child in self._body.modules()):
             return

@@ -77,7 +77,9 @@ class Calls(nn.Module):
         x = self.stem(x)
         condition = (x.mean(1),) if isinstance(self.blocks[0], DiT) else ()
         for block in self.blocks:
-            if self.how == "keyword":
+            if self.how == "forward":
+                x = block.forward(x, *condition)
+            elif self.how == "keyword":
                 x = block(**({"condition": condition[0]} if condition else {}), x=x)
             else:
                 x = block(x, *condition)
@@ -179,10 +181,14 @@ class Pools(nn.Module):
         return functional.avg_pool1d(x + self.inside(x), 2)
 
 
-@pytest.mark.parametrize("kind", [Pools, lambda: Odd("returns a tuple"), Gate])
-def test_every_worker_refuses_in_its_first_step_before_a_wrong_number_is_out(kind):
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [(Pools, "position"), (lambda: Odd("returns a tuple"), "position"), (Gate, "position"), (Mixer, "forward")],
+)
+def test_every_worker_refuses_in_its_first_step_before_a_wrong_number_is_out(kind, how):
+    """Blocks that are called as block.forward(x) trained, and the full model was not scaled, in silence."""
     refused: list[str] = []
-    net = Calls(kind, "position")
+    net = Calls(kind, how)
 
     def work(collective: Any) -> None:
         with pytest.raises(BlockSelectionError, match=r"'blocks\.\d'") as caught:
