@@ -116,8 +116,9 @@ def recognise(name: str, module: nn.Module) -> Block | None:
     for base in type(module).__mro__:
         if base.__name__ not in _KNOWN_BLOCKS or not _KNOWN_FAMILIES.match(base.__module__):
             continue
-        # A derived class with a forward of its own, or with squeeze-and-excitation, may end its branch elsewhere.
-        unchanged = type(module).forward is base.__dict__.get("forward") and getattr(module, "se", None) is None
+        # A forward of a derived class, or of this object alone, or squeeze-and-excitation may end the branch elsewhere.
+        own = type(module).forward is not base.__dict__.get("forward") or "forward" in vars(module)
+        unchanged = not own and getattr(module, "se", None) is None
         branch_end = "bn3" if hasattr(module, "bn3") else "bn2"
         return Block(name, module, branch_end if unchanged else None, keeps_shape(module))
     return None

@@ -160,6 +160,14 @@ def test_a_subclass_folds_only_with_the_forward_that_we_know():
     assert len(renamed) == len(own) == 6
 
 
+def test_a_block_with_a_forward_of_its_own_is_not_taken_for_its_class() -> None:
+    """A forward put in place of the class's, with a gate behind the last norm, was scaled in that norm, in silence."""
+    net = narrow_resnet(Renamed)
+    net.layer3[1].forward = lambda x: x + net.layer3[1].bn3(x).sigmoid()
+    ends = {block.name: block.branch_end for block in find_blocks(net)}
+    assert [name for name, end in ends.items() if end is None] == ["layer3.1"]
+
+
 def test_a_block_in_a_block_is_refused():
     net = mlp(MlpBlock)
     net.body[1].inside = nn.Sequential(MlpBlock(6), nn.Linear(6, 12))
