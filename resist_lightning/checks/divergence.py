@@ -172,9 +172,10 @@ class DivergenceChecks:
     def _first_not_finite(self) -> int:
         """Place of the first tensor that is not finite, counted from 1; 0 if there is none. Skips absent ones."""
         names = self._layout.changing() - self._masks
+        checked = {id(tensor) for name, tensor in named_tensors(self._layout.module).items() if name in names}
         candidates = []
-        for place, (name, tensor) in enumerate(named_tensors(self._layout.module).items(), start=1):
-            if name in names and not tensor.is_meta and is_continuous(tensor.dtype):
+        for place, tensor in enumerate(self._layout.tensors.at_start().values(), start=1):
+            if id(tensor) in checked and not tensor.is_meta and is_continuous(tensor.dtype):
                 candidates.append((place, tensor.detach()))
         doubtful = _sums_not_finite([tensor for _, tensor in candidates])
         for (place, tensor), doubt in zip(candidates, doubtful, strict=True):
@@ -200,7 +201,7 @@ class DivergenceChecks:
         return began
 
     def _describe(self, found: Mapping[int, int], clock: Clock) -> str:
-        names = list(named_tensors(self._layout.module))
+        names = list(self._layout.tensors.at_start())
         places = []
         for rank, first in found.items():
             who = process_name(rank, self._collective.members)

@@ -120,13 +120,25 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class KnownTensors:
-    """A module's tensors at the start: optimizers, buffers and averages keep referring to these objects."""
+    """A module's tensors at the start: optimizers, buffers and averages keep referring to these objects.
+
+    Buffers that a forward registers later, or puts in the place of one of another shape, are each worker's own.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._known = named_tensors(module)
         self._warned: set[str] = set()
         self._have_memory = False
+
+    def at_start(self) -> dict[str, Tensor]:
+        """The known tensors by their names at the start: the same names, in the same order, on all workers."""
+        return dict(self._known)
+
+    def registered(self) -> dict[str, Tensor]:
+        """The known tensors that the module has now, by their names now."""
+        known = set(map(id, self._known.values()))
+        return {name: tensor for name, tensor in named_tensors(self._module).items() if id(tensor) in known}
 
     def keep(self) -> None:
         """Find replacements of known tensors. A buffer's new value is copied into the known one, which is put back.

@@ -14,7 +14,6 @@ from resist_lightning.checks.handshake import Handshake
 from resist_lightning.checks.hashing import mark
 from resist_lightning.checks.header import Purpose
 from resist_lightning.comm.mean import mean_inside
-from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Plan, Sync
 from resist_lightning.schedule.progress import Clock
@@ -85,7 +84,7 @@ class Observation:
         unsynced = self._writes_unsynced
         # While the full model is assembled, here or on worker 0, own tensors may lie beside the assembled ones.
         own = self.own.as_in_training() if self.active else {}
-        named = named_tensors(self._layout.module)
+        named = self._layout.tensors.registered()
         if self.whole:
             tensors = {name: own[id(tensor)] for name, tensor in named.items() if id(tensor) in own}
         else:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.tensors import KnownTensors, check_tensors, named_tensors
+from resist_lightning.comm.tensors import KnownTensors, check_tensors
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps
 from resist_lightning.schedule.progress import Clock
@@ -242,7 +242,7 @@ class Layout(LayoutAbilities, ABC):
     def digest(self) -> int:
         """A number that is the same on workers with the same model and settings."""
         tensors = []
-        for name, tensor in named_tensors(self.module).items():
+        for name, tensor in self.tensors.at_start().items():
             # A slice has other sizes on each worker, and counts as the whole tensor.
             shape = tuple(self.shapes.get(name, tensor.shape))
             tensors.append((name, shape, tensor.dtype, tensor.requires_grad))

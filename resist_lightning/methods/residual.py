@@ -93,9 +93,15 @@ class Block:
         """The block's compiled code, which must not run while the block's hooks or forward are replaced."""
         return CompiledCall(self.module)
 
+    @cached_property
+    def _at_start(self) -> dict[str, Tensor]:
+        """The block's tensors by name when they were first asked for, before the network ran."""
+        return named_tensors(self.module)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The block's parameters, then its buffers, by qualified name."""
-        return {f"{self.name}.{name}": tensor for name, tensor in named_tensors(self.module).items()}
+        """The block's parameters, then its buffers, by qualified name; none that a forward has registered since."""
+        names = {id(tensor): name for name, tensor in named_tensors(self.module).items()}
+        return {f"{self.name}.{names.get(id(tensor), name)}": tensor for name, tensor in self._at_start.items()}
 
 
 def find_blocks(module: nn.Module) -> tuple[Block, ...]:

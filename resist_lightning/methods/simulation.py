@@ -38,14 +38,17 @@ class SimulatedWorker:
     recorder: InputRecorder
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name."""
-        return named_tensors(self.module)
+        """Parameters and buffers by name; caches that forwards register or resize are as they were at the start."""
+        now = named_tensors(self.module)
+        grown = {name for name, tensor in self._at_start.items() if name not in now or now[name].shape != tensor.shape}
+        return {name: tensor if name in grown else now[name] for name, tensor in self._at_start.items()}
 
     def copies(self) -> dict[str, Tensor]:
         """Copies of :meth:`tensors`."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
 
     def __post_init__(self) -> None:
+        self._at_start = named_tensors(self.module)
         # By optimizer and group: values that steps have changed, as they were before.
         self._first: list[list[dict[str, Any]]] = [[{} for _ in o.param_groups] for o in self.optimizers]
         for optimizer, first in zip(self.optimizers, self._first, strict=True):

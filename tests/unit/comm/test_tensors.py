@@ -159,6 +159,63 @@ def test_caches_masks_and_other_names_are_left_alone():
         known.keep()
 
 
+class Attends(nn.Module):
+    """Averages earlier tokens, by a mask of -inf that it keeps as a new buffer, as one that grows, or not at all."""
+
+    def __init__(self, cache: str) -> None:
+        super().__init__()
+        self.inside, self.kept = nn.Linear(8, 8), cache != "none"
+        if cache == "grows":
+            self.register_buffer("mask", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = getattr(self, "mask", None)
+        if mask is None or len(mask) < x.shape[1]:
+            mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
+            if self.kept:
+                self.register_buffer("mask", mask, persistent=False)
+        return x + mask[: x.shape[1], : x.shape[1]].softmax(-1) @ self.inside(x)
+
+
+def sequences(worker: int, step: int) -> Tensor:
+    shape = 4, 3 + 2 * worker + step % 2, 3
+    return torch.randn(shape, generator=torch.Generator().manual_seed(10 * worker + step))
+
+
+def train_on_sequences(collective: Any, template: nn.Module, config: Config) -> tuple[dict[str, Tensor], set[str]]:
+    """Train, and say which tensors the worker's own file of a checkpoint would have in the last, incomplete round."""
+    net = copy.deepcopy(template)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    engine = Engine(net, [optimizer], config, collective=collective)
+    engine.start()
+    for step in range(7):
+        optimizer.zero_grad()
+        net(sequences(collective.worker, step)).square().mean().backward()
+        optimizer.step()
+        engine.after_step()
+    saved = set(engine.resumption.state_dict()["tensors"])
+    engine.finish()
+    return {name: tensor.detach().clone() for name, tensor in net.named_parameters()}, saved
+
+
+@pytest.mark.parametrize("cache", ["new", "grows"])
+@pytest.mark.parametrize("held", [0, 1, 3])
+def test_caches_that_forwards_make_are_each_workers_own(cache: str, held: int) -> None:
+    """Workers with sequences of unequal lengths ended with `WorkersDisagree`, or with an error about NaN."""
+    plain = Net()
+    plain.body = nn.ModuleList(Attends("none") for _ in range(3))
+    caching = copy.deepcopy(plain)
+    caching.body = nn.ModuleList(Attends(cache) for _ in range(3))
+    caching.body.load_state_dict(plain.body.state_dict())
+    config = Config(blocks="body.*" if held else [], min_blocks=held, local_steps=2, check="full")
+    expected, _ = run_threads(train_on_sequences, 2, plain, config)
+    trained, _ = run_threads(train_on_sequences, 2, caching, config)
+    for (state, saved), (wanted, _) in zip(trained, expected, strict=True):
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+        assert not any(name.endswith("mask") for name in saved)
+
+
 def test_a_buffer_keeps_its_object_and_takes_the_value():
     net = Net()
     known, mean = KnownTensors(net), net.mean
