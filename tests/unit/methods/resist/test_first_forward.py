@@ -136,6 +136,24 @@ def test_a_block_that_overwrites_its_input_is_scaled_in_the_layer_that_it_declar
     assert torch.allclose(block.module(x.clone()), x + 0.5 * branch)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_sequences_that_an_encoder_packs_in_evaluation_wait_for_the_next_call():
+    """The Trainer's validation before the training ended with torch's "NestedTensorImpl doesn't support sizes"."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    block = block_at("layers.1", encoder.layers[1])
+    x, padding = torch.randn(3, TOKENS, WIDTH), torch.zeros(3, TOKENS, dtype=torch.bool)
+    padding[1, 2:] = True
+    with torch.no_grad():
+        expected = encoder.eval()(x, src_key_padding_mask=padding)
+        look = FirstForward([block])
+        assert torch.allclose(encoder(x, src_key_padding_mask=padding), expected, atol=1e-5)
+    assert block.seen.ends is None
+    encoder.train()(x, src_key_padding_mask=padding)
+    look.remove()
+    assert {end.module for end in block.seen.ends or ()} == {"linear2", "self_attn"}
+
+
 @pytest.mark.parametrize("absent", [False, True])
 @pytest.mark.parametrize("odd", ["returns a tuple", "data type", "shape", "a list"])
 def test_what_cannot_be_left_out_is_refused_where_it_is_present_and_where_it_is_absent(odd, absent):
