@@ -27,6 +27,7 @@ class Resumption:
 
     Attributes:
         changed_settings: settings that differ from the checkpoint's, in words, with both values.
+        steps_left: the local steps that are still to come, where the host knows; set before :meth:`restore`.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Resumption:
         self.changed_settings: list[str] = []
         self._own: dict[str, Any] | None = None
         self._knows_length = False
+        self.steps_left: int | None = None
         self._total_steps = total_steps
-        layout.plan_end(clock, total_steps)
+        self._uncounted = 0  # of the total: steps that were taken before this run's clock began
+        self._plan_end()
 
     def place(self) -> dict[str, Any]:
         """The round, the step and the partition; enough to resume, with the own states of all workers."""
@@ -65,6 +68,8 @@ class Resumption:
             "steps_before": self._clock.steps_before,
             "round_steps": self._clock.local_steps,
             "local_steps": str(self._layout.config.local_steps),
+            "total_steps": self._total_steps,
+            "uncounted": self._uncounted,
             "written": sorted(self._layout.written),
         }
 
@@ -88,11 +93,13 @@ class Resumption:
     def restore(self, state: dict[str, Any], own: dict[str, Any] | None) -> bool:
         """Go to the place of ``state``; see :meth:`resist_lightning.Engine.restore`."""
         if not state:
+            self._leave_out_earlier(state)
             return True
         # A snapshot has the weights in training, not those of a full model; unmade tensors come from worker 0.
         if "scale" in state and not is_unmade(self._layout.module):
             self._observation.undo(state)
         self._restore_clock(state)
+        self._leave_out_earlier(state)
         self._layout.load_state_dict(state.get("table", {}), self._clock.round)
         # A run that is complete has no forward that would find these, and its full model is scaled all the same.
         self._layout.assume(state.get("seen", {}))
@@ -102,7 +109,7 @@ class Resumption:
         theirs, ours = state.get("identity") or {}, self._layout.identity()
         self.changed_settings = _differences(theirs, ours)
         same_layout = same_members and theirs == ours
-        self._layout.plan_end(self._clock, self._total_steps)
+        self._plan_end()
         held, held_next = self._layout.held(self._clock.round), self._held_next()
         same = same_layout and state.get("held") == held and state.get("held_next", held_next) == held_next
         self._own = own if same else None
@@ -134,7 +141,21 @@ class Resumption:
         """Decide the length of the round that the training begins in, unless the checkpoint had it."""
         if not self._knows_length:
             self._clock.begin_round()
-        self._layout.plan_end(self._clock, self._total_steps)
+        self._plan_end()
+
+    def _plan_end(self) -> None:
+        total = self._total_steps
+        self._layout.plan_end(self._clock, None if total is None else total - self._uncounted)
+
+    def _leave_out_earlier(self, state: Mapping[str, Any]) -> None:
+        """Find the steps of the total that the clock has not counted: by another strategy, or in other batches."""
+        if self._total_steps is None or self.steps_left is None:
+            return
+        taken = self._total_steps - self.steps_left
+        self._uncounted = taken - self._clock.total_steps
+        # The same training goes on as it was planned, even if not every batch had a step.
+        if taken and state.get("total_steps") == self._total_steps:
+            self._uncounted = int(state["uncounted"])
 
     def numbers(self) -> list[float]:
         """Flags for the other workers: whether this worker has its own state, and whether it needs more to resume."""

@@ -22,12 +22,12 @@ from resist_lightning.strategies.first import FirstEvaluates
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launching.checks import (
     check_memory,
-    total_steps,
     warn_of_batches_without_step,
     warn_of_early_end,
     warn_of_short_training,
 )
 from resist_lightning.strategies.launching.guard import Guard
+from resist_lightning.strategies.launching.length import steps_left, total_steps
 from resist_lightning.strategies.launching.signals import Signals
 from resist_lightning.strategies.local_steps import LocalSteps, clip_if_any, unwrapped, warn_of_metrics
 from resist_lightning.strategies.loop_patches import LoopPatches
@@ -128,6 +128,8 @@ class FitSession:
             engine = self.make_engine()
         self._has_trained = True
         engine.swaps.add(trainer.strategy._lightning_optimizers)
+        if self._config.needs_total_steps:
+            engine.resumption.steps_left = steps_left(trainer, engine.collective)
         self._resumer.start(engine, self.trainer_state, prepare, type(trainer.strategy).__name__)
         check_memory(engine, trainer)
         self._averages.begin()

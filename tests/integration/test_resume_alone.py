@@ -71,6 +71,42 @@ def test_a_fit_after_the_evaluation_of_a_checkpoint_counts_its_rounds_from_its_o
     assert rounds == [0, 0, 0, 1, 1]
 
 
+class WholeRounds(L.Callback):
+    """Notes, for each local step, whether it is in one of the last rounds, in which all workers hold all blocks."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        strategy: Any = trainer.strategy
+        clock, schedule = strategy.engine.clock, strategy.engine.layout.schedule
+        self.seen.append(schedule.is_whole(clock.round))
+
+
+def whole_steps(folder: Path, strategy: Any, ckpt_path: str | None, *saves: L.Callback, **more: Any) -> list[bool]:
+    """Train, by default for four epochs of five batches; returns what `WholeRounds` notes."""
+    notes, size = WholeRounds(), more.pop("batch_size", 4)
+    callbacks = [*saves, *([] if strategy == "auto" else [notes])]
+    trainer = make_trainer(strategy, **{"max_epochs": 4, "default_root_dir": folder, "callbacks": callbacks, **more})
+    trainer.fit(Small(), DataLoader(Augmented(), batch_size=size), ckpt_path=ckpt_path)
+    return notes.seen
+
+
+def test_the_last_rounds_come_where_the_checkpoint_was_of_another_training(tmp_path: Path) -> None:
+    """The steps that DDP or a single process had taken counted as still to come, so that the finish never came."""
+    ended, in_mid_epoch, ours = (f"{tmp_path}/{name}.ckpt" for name in ("0-epoch", "8", "7"))
+    whole_steps(tmp_path, "auto", None, SavesAtEveryEnd(tmp_path), SavesAt(str(tmp_path), (8,)), max_epochs=2)
+
+    def last_rounds(path: str, *saves: L.Callback, **more: Any) -> list[bool]:
+        return whole_steps(tmp_path, make_strategy(local_steps=4, finish_rounds=1), path, *saves, **more)
+
+    assert last_rounds(ended, SavesAt(str(tmp_path), (7,))) == [False] * 12 + [True] * 3
+    assert last_rounds(ours) == [False] * 5 + [True] * 3  # of that run of 15 steps, after 7
+    assert last_rounds(in_mid_epoch) == [False] * 8 + [True] * 4
+    assert last_rounds(ended, max_steps=11) == [False] * 4 + [True] * 2
+    assert last_rounds(ended, batch_size=2) == [False] * 28 + [True] * 2  # three epochs of 10 batches
+
+
 PASSED_OVER = ".*the metric of ReduceLROnPlateau was known, so this step of the scheduler is skipped"
 
 

@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, StochasticWeightAveraging, Timer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from resist_lightning.comm import slurm, torchrun
-from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.members import check_count
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import make_layout
@@ -28,6 +26,7 @@ from resist_lightning.schedule.progress import Clock, one_round
 from resist_lightning.schedule.round_length import QSR, rounds_in
 from resist_lightning.state.memory_limit import memory_limit, needed_to_train, shortage
 from resist_lightning.strategies.averages import check_averages
+from resist_lightning.strategies.launching.length import estimated_steps
 from resist_lightning.strategies.options import StartMethod, StrategyOptions
 from resist_lightning.strategies.saving.checkpoint_callbacks import resolve_file_urls
 from resist_lightning.strategies.saving.restarts import check_other_workers, check_shrinking
@@ -159,18 +158,6 @@ def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
     check_averages(trainer, config)
 
 
-def total_steps(trainer: pl.Trainer, collective: Collective) -> int | None:
-    """Local steps of a training from its beginning to its end, of the worker with the fewest; None if not known.
-
-    Collective: every worker must call this, in the same order.
-    """
-    steps = _estimated_steps(trainer)
-    known = int(steps) if steps < float("inf") else -1
-    # Epochs end together, with the shortest.
-    fewest = min(int(row[0]) for row in collective.gather_numbers([known]))
-    return fewest if fewest >= 0 else None
-
-
 def warn_of_short_training(
     trainer: pl.Trainer,
     clock: Clock,
@@ -188,7 +175,7 @@ def warn_of_short_training(
     """
     if getattr(trainer, "fast_dev_run", False):
         return
-    left = _estimated_steps(trainer) - trainer.global_step
+    left = estimated_steps(trainer) - trainer.global_step
     if not 0 < left < float("inf"):  # an endless training uses every setting at last
         return
     steps = int(left)
@@ -218,7 +205,7 @@ def warn_of_batches_without_step(trainer: pl.Trainer, engine: Engine, batches: i
     if total is None or not isinstance(config, GrowingConfig) or batches < accumulated:
         return False
     # By hand Lightning counts the steps that are taken, else the calls of the hook `optimizer_step`.
-    if not automatic and total == trainer.max_steps:
+    if not automatic and estimated_steps(trainer) == trainer.max_steps:
         return False
     every, last = ("batch", "one") if accumulated == 1 else (f"{accumulated} batches", f"{accumulated}")
     way_out = "Use accumulate_grad_batches" if automatic else "Set max_steps to the number of steps of the optimizer"
@@ -233,7 +220,7 @@ def warn_of_batches_without_step(trainer: pl.Trainer, engine: Engine, batches: i
 def warn_of_early_end(trainer: pl.Trainer, engine: Engine) -> None:
     """Warn, at the end of a training, of what its start promised for more local steps than there were."""
     clock, config, total = engine.clock, engine.config, engine.layout.total_steps
-    if config.trains_alone and clock.round == 0 and 0 < clock.step < clock.local_steps <= _estimated_steps(trainer):
+    if config.trains_alone and clock.round == 0 and 0 < clock.step < clock.local_steps <= estimated_steps(trainer):
         rank_zero_warn(one_round(clock.step, clock))
     if total is None or not isinstance(config, GrowingConfig) or isinstance(config.local_steps, QSR):
         return
@@ -247,15 +234,6 @@ def warn_of_early_end(trainer: pl.Trainer, engine: Engine) -> None:
             "not every batch has a step, use accumulate_grad_batches, or in manual optimization set max_steps; where a "
             "batch has steps of several optimizers, all of which max_steps counts, limit the training by max_epochs."
         )
-
-
-def _estimated_steps(trainer: pl.Trainer) -> float:
-    """Local steps of a training from its beginning to its end, if every batch has one; infinity if not known."""
-    try:
-        steps = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # Lightning cannot say it where the accumulation of gradients changes
-        return float("inf")
-    return steps if steps >= 0 else float("inf")  # it is -1 for data of unknown length without max_steps
 
 
 def check_memory(engine: Engine, trainer: pl.Trainer) -> None:

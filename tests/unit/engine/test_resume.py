@@ -126,6 +126,33 @@ def test_a_run_that_is_prolonged_resumes_exactly_unless_its_last_rounds_had_begu
     assert [engine.layout.schedule.is_whole(rounds - back) for back in (3, 2, 1)] == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("steps", "left", "planned"),
+    [
+        (18, 6, 18),  # the same training, of whose batches half had no step: as it was planned
+        (30, 18, 24),  # prolonged, or in smaller batches
+        (18, 18, 24),  # another training, from its first step
+        (18, None, 18),  # a plain loop, which says how many there are from the beginning of the run
+    ],
+)
+def test_steps_that_the_clock_has_not_counted_are_left_out_of_what_is_planned(steps, left, planned):
+    before, engine = one_of_two(18), one_of_two(steps)
+    before.clock.round, before.clock.steps_before = 2, 6
+    engine.resumption.steps_left = left
+    engine.restore({**before.resumption.place(), **FULL})
+    assert engine.layout.total_steps == planned
+
+    foreign = one_of_two(steps)
+    foreign.resumption.steps_left = left
+    foreign.restore({})
+    foreign.resumption.begin_round()
+    assert foreign.layout.total_steps == (steps if left is None else left)
+    again = one_of_two(steps)
+    again.resumption.steps_left = left
+    again.restore({**foreign.resumption.place(), **FULL})
+    assert again.layout.total_steps == foreign.layout.total_steps
+
+
 def test_a_checkpoint_of_other_growth_begins_a_new_round():
     before, same, other, none = (
         engine_for(Config(local_steps=3, growth=growth), total_steps=30)[0].resumption

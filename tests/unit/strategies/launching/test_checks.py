@@ -36,13 +36,11 @@ from resist_lightning.schedule.round_length import QSR, PostLocal
 from resist_lightning.strategies.launching.checks import (
     check_callbacks,
     refuse_launch,
-    total_steps,
     warn_of_batches_without_step,
     warn_of_early_end,
     warn_of_short_training,
 )
 from tests.helpers.plain import Classifier, stream
-from tests.helpers.threads import ThreadCollective, run_threads
 
 MakeTrainer = Callable[..., L.Trainer]
 LAUNCHERS = ["popen", "spawn", "fork"]
@@ -326,18 +324,6 @@ def test_settings_without_effect_are_told_one_by_one(clock: Clock, alone: bool) 
     assert len(caught) == 1
 
 
-def steps_of(collective: ThreadCollective, estimates: list[float]) -> int | None:
-    trainer: Any = SimpleNamespace(estimated_stepping_batches=estimates[collective.worker])
-    return total_steps(trainer, collective)
-
-
-@pytest.mark.parametrize(
-    ("estimates", "steps"), [([80, 80], 80), ([80, 76], 76), ([80, float("inf")], None), ([80, -1], None), ([0, 80], 0)]
-)
-def test_a_run_has_as_many_steps_as_its_shortest_worker(estimates: list[float], steps: int | None) -> None:
-    assert run_threads(steps_of, 2, estimates)[0] == [steps, steps]
-
-
 @pytest.mark.parametrize(
     ("rule", "steps", "message"),
     [
@@ -359,7 +345,7 @@ def test_rounds_of_changing_length_are_judged_by_the_first(rule: Any, steps: int
 
 
 def planned(total: int | None, steps: int, max_steps: int, by_hand: bool, accumulated: int = 1) -> tuple[Any, Any]:
-    """A trainer that expects 96 batches, and an engine whose rounds have three of the steps planned."""
+    """A trainer that expects as many steps, or 96, and an engine whose rounds have three of the steps planned."""
     clock = Clock(3)
     for _ in range(steps):
         if clock.due:
@@ -367,7 +353,7 @@ def planned(total: int | None, steps: int, max_steps: int, by_hand: bool, accumu
         clock.tick()
     module = SimpleNamespace(automatic_optimization=not by_hand)
     trainer = SimpleNamespace(
-        estimated_stepping_batches=96,
+        estimated_stepping_batches=96 if total is None else total,
         max_steps=max_steps,
         accumulate_grad_batches=accumulated,
         lightning_module=module,
