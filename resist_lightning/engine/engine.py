@@ -133,8 +133,9 @@ class Engine:
         Raises:
             WorkersDisagree: if the workers' code, models or settings differ.
         """
-        if self.running:
-            raise RuntimeError("the engine is running: start() is called once, before the first local step.")
+        if self.activity.what != "starting":
+            more = "to train on, make a new Engine, and restore() the checkpoint_state() of this one"
+            raise RuntimeError(f"start() is called once, before the first local step; {more}.")
         if self.collective.worker == 0:
             initialise(self.module, self._device)
         detach_hooks(self.module)  # it may have been a full model

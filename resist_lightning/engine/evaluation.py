@@ -122,6 +122,8 @@ class Observation:
             kind: name under which the bytes are counted.
             keep: whether :meth:`put_back` will be called.
         """
+        if self.active:  # it would be scaled twice
+            raise RuntimeError("the module is the full model already; leave `full_model()` first.")
         self._layout.tensors.keep()
         calls: list[Call] = []
         still: Collection[str] = ()

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from resist_lightning.checks.fingerprint import shorten
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.tensors import named_tensors
+from resist_lightning.errors import PartialModelError
 from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.auxnet.layout import StageLayout
 from resist_lightning.methods.auxnet.sync import StageSync
@@ -34,6 +35,7 @@ from resist_lightning.methods.resist.overlapped_sync import make_block_sync
 from resist_lightning.methods.resist.scaling import ScaleHooks, remove_scale_hooks
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.round_length import in_words
+from resist_lightning.state.absent import AbsentTensor
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics, remove_batch_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates, ids_of_parameters
 
@@ -64,8 +66,10 @@ def make_layout(
 
     Raises:
         ValueError: if the settings do not fit the module; see the layouts.
+        PartialModelError: if parts of the module are absent, as another training has left it.
     """
     refuse_lazy(module)
+    _refuse_incomplete(module)
     if members == 1:
         _refuse_sync_batch_norm(module)
     layout, _ = _method_of(config)
@@ -152,6 +156,16 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
             table.update(before)
         for child, forward in forwards:
             vars(child)["forward"] = forward
+
+
+def _refuse_incomplete(module: nn.Module) -> None:
+    """Refuse a module of which this worker has only a part, so that nothing can be sent or trained in its place."""
+    for name, tensor in named_tensors(module).items():
+        if isinstance(tensor, AbsentTensor):
+            raise PartialModelError(
+                f"{name} has no value, so no training can begin with this module: {tensor.absence.reason}. Finish the "
+                "training that it is in, or load a checkpoint into a new module."
+            )
 
 
 def _refuse_sync_batch_norm(module: nn.Module) -> None:

@@ -174,6 +174,20 @@ def test_calls_in_the_wrong_order_are_refused():
         engine.checkpoint_state()
 
 
+def test_the_test_time_scale_is_not_applied_twice():
+    """``finish()`` inside of ``full_model()`` scaled twice, and a second ``start()`` trained the scaled weights."""
+    engine, model, _ = engine_for(Config(local_steps=3, min_blocks=1, test_scale=0.5))
+    engine.start()
+    with engine.full_model():
+        full = clone_state(model)
+        with pytest.raises(RuntimeError, match=r"the full model already; leave `full_model\(\)` first"):
+            engine.finish()
+    engine.finish()
+    assert_equal_states(clone_state(model), full, exactly=True)
+    with pytest.raises(RuntimeError, match=r"start\(\) is called once.* restore\(\) the checkpoint_state\(\)"):
+        engine.start()
+
+
 @pytest.mark.parametrize("wrong", [{"optimizers": "one"}, {"config": {"local_steps": 5}}])
 def test_arguments_of_another_kind_are_refused_with_the_right_form(wrong):
     module = small_preact()
