@@ -134,7 +134,7 @@ class Resumption:
             clock.steps_before = clock.round * shortest_round(rule)
         # Another rule decides from here on, in this round too.
         if state.get("local_steps") == str(rule):
-            clock.local_steps = int(state["round_steps"])
+            clock.resume_round(int(state["round_steps"]))
             self._knows_length = True
 
     def begin_round(self) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from resist_lightning.schedule.round_length import QSR, LocalStepsRule, PostLocal
+from resist_lightning.schedule.round_length import QSR, LocalStepsRule, PostLocal, rounds_in
 
 ActivityName: TypeAlias = Literal[
     "starting", "local steps", "handshake", "averaging", "hand_over", "evaluation", "saving", "finishing", "ended"
@@ -186,6 +186,11 @@ class Clock:
             return False
         return (self.rate() or 0.0) > self._rate_at_first
 
+    def rounds_by(self, steps: int) -> int:
+        """Number of rounds that have begun when ``steps`` more are taken, if no learning rate changes their length."""
+        rule = self.rule if isinstance(self.rule, PostLocal) else self.local_steps
+        return self.round + rounds_in(rule, self.steps_before, self.total_steps + steps)
+
     def tick(self) -> None:
         """Count one local step."""
         self.step += 1
@@ -201,6 +206,11 @@ class Clock:
         """Decide the length of this round, which has not begun: the rate may have been set since."""
         self.local_steps = self._length_after(self.steps_before)
         self._rate_at_first = self.rate() or 0.0
+
+    def resume_round(self, local_steps: int) -> None:
+        """Go on in a round of known length, whose first learning rate is not known."""
+        self.local_steps = local_steps
+        self._rate_at_first = float("inf")
 
     def _length_after(self, steps: int) -> int:
         return self.local_steps if self.rule is None else self.rule.of_round(steps, self.rate() or 0.0)

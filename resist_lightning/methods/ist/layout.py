@@ -81,8 +81,7 @@ class NeuronLayout(Layout):
 
     @override
     def without_effect(self, clock: Clock, steps: int) -> list[str]:
-        rounds = clock.round + -(-(clock.step + steps) // clock.local_steps)
-        text = never_divided(0, self.schedule.stages.finish_from, rounds, "neurons")
+        text = never_divided(0, self.schedule.stages.finish_from, clock.rounds_by(steps), "neurons")
         return [text] if text else []
 
     @override

@@ -136,9 +136,8 @@ class BlockLayout(Layout):
 
     @override
     def without_effect(self, clock: Clock, steps: int) -> list[str]:
-        whole_rounds, left = divmod(clock.step + steps, clock.local_steps)
-        complete = clock.round + whole_rounds
-        schedule, begun = self.schedule, complete + (left > 0)
+        schedule, begun = self.schedule, clock.rounds_by(steps)
+        complete = clock.rounds_by(steps + 1) - 1
         texts = [self.overlaps.unused(clock.round, clock.local_steps, steps), schedule.unsynced(complete)]
         if self.partial:
             texts.append(never_divided(schedule.warmup_rounds, schedule.finish_from, begun, "blocks"))

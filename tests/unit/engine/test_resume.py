@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from resist_lightning import QSR, Config, Engine, PostLocal
@@ -166,6 +168,21 @@ def test_the_rate_that_is_set_before_the_start_counts():
     optimizer.param_groups[0]["lr"] = 0.02
     engine.start()
     assert engine.clock.local_steps == 25
+
+
+def test_a_round_that_is_resumed_is_not_taken_for_too_long():
+    """The rate at its beginning was taken for that of the new optimizer, which a warm-up begins with."""
+    engine, model, optimizer = engine_for(Config(local_steps=QSR(1, 0.4, warmup_steps=4)))
+    optimizer.param_groups[0]["lr"] = 0.1  # the checkpoint's
+    rule, place = str(engine.config.local_steps), {"round": 4, "step": 15, "steps_before": 9, "round_steps": 16}
+    same = {"identity": engine.layout.identity(), "held": [list(range(engine.layout.schedule.blocks))]}
+    engine.restore({**place, **same, "local_steps": rule, **FULL})
+    engine.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_step(model, optimizer, batch_of(0, 0))
+        engine.after_step()
+    assert (engine.clock.round, engine.clock.local_steps) == (5, 16)
 
 
 def test_a_checkpoint_before_the_start_is_empty_and_restores_to_nothing():

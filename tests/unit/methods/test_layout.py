@@ -13,6 +13,7 @@ from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.progress import Clock
+from resist_lightning.schedule.round_length import PostLocal
 from tests.helpers.nets import small_preact
 
 
@@ -47,6 +48,9 @@ def auxnet(**settings: object) -> Layout:
         ),
         # A run that is resumed in its finish had rounds with parts before.
         (resist, {"finish_rounds": 3}, Clock(10, 8, 0, 80), 20, None),
+        (resist, {"warmup_rounds": 3}, Clock.by(PostLocal(50, 1, 50), lambda: None), 100, None),
+        (resist, {"warmup_rounds": 12}, Clock.by(PostLocal(1, 50, 10), lambda: None), 110, "cover all 12 rounds"),
+        (resist, {"fragments": 2}, Clock.by(PostLocal(10, 1, 10), lambda: None), 11, None),
         (resist, {"overlap": "auto"}, Clock(10), 30, "it is chosen after 3 rounds of 10 local steps"),
         (resist, {"overlap": "auto"}, Clock(10), 31, None),
         (resist, {"fragments": 2}, Clock(10), 19, "fragments=2: this training ends after 1 whole rounds"),
