@@ -35,7 +35,7 @@ from resist_lightning.methods.resist.overlapped_sync import make_block_sync
 from resist_lightning.methods.resist.scaling import ScaleHooks, remove_scale_hooks
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.round_length import in_words
-from resist_lightning.state.absent import AbsentTensor
+from resist_lightning.state.absent import is_absent
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics, remove_batch_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates, ids_of_parameters
 
@@ -160,8 +160,9 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
 
 def _refuse_incomplete(module: nn.Module) -> None:
     """Refuse a module of which this worker has only a part, so that nothing can be sent or trained in its place."""
-    for name, tensor in named_tensors(module).items():
-        if isinstance(tensor, AbsentTensor):
+    tensors: dict[str, Any] = {**named_tensors(module)}
+    for name, tensor in tensors.items():
+        if is_absent(tensor):
             raise PartialModelError(
                 f"{name} has no value, so no training can begin with this module: {tensor.absence.reason}. Finish the "
                 "training that it is in, or load a checkpoint into a new module."

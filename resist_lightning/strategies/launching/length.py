@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -43,8 +44,8 @@ def _estimated_left(trainer: pl.Trainer) -> float:
         # In epochs of this training: those of a checkpoint may have had other numbers of batches.
         accumulated = trainer.accumulate_grad_batches
         in_epoch = math.ceil(trainer.num_training_batches / accumulated)
-        loop, progress = trainer.fit_loop, trainer.fit_loop.epoch_loop.batch_progress
-        in_mid_epoch = loop.restarting and not progress.is_last_batch
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        in_mid_epoch = trainer.fit_loop.restarting and not progress.is_last_batch
         begun = progress.current.processed // accumulated if in_mid_epoch else 0
         left = min(left, in_epoch * (epochs - trainer.current_epoch) - begun)
     return max(left, 0)
