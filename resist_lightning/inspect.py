@@ -157,7 +157,7 @@ def _describe(example: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see ``python -m resist_lightning.inspect --help``."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)  # arguments of the network may come behind options
     settings = {"blocks": options.blocks, "min_blocks": options.min_blocks}
     given = {name: value for name, value in settings.items() if value is not None}
     try:
@@ -208,8 +208,11 @@ def _parser() -> argparse.ArgumentParser:
 def _build(factory: str, arguments: Sequence[str]) -> nn.Module:
     """Make the network that a command line names."""
     path, _, name = factory.partition(":")
-    if not path or not name:
-        raise ValueError(f"{factory!r} must be package.module:name, such as torchvision.models:resnet50.")
+    if not all(map(str.isidentifier, path.split("."))) or not name:
+        raise ValueError(
+            f"{factory!r} must be package.module:name, such as torchvision.models:resnet50, or net:make for net.py in "
+            "the current folder."
+        )
     try:
         make: Any = importlib.import_module(path)
     except ModuleNotFoundError as error:

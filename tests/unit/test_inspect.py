@@ -172,7 +172,7 @@ def test_the_command(capsys, tmp_path):
 
 
 def test_the_command_passes_arguments_to_the_factory(capsys):
-    main(["resist_lightning.models:preact_resnet", "depth=14", "width_multiplier=0.125", "--min-blocks", "0"])
+    main(["resist_lightning.models:preact_resnet", "depth=14", "--min-blocks", "0", "width_multiplier=0.125"])
     assert "a guess" in capsys.readouterr().out
 
 
@@ -180,6 +180,7 @@ def test_the_command_passes_arguments_to_the_factory(capsys):
     ("arguments", "message"),
     [
         (["torchvision.models"], "must be package.module:name"),
+        (["./nets:make"], "must be package.module:name"),
         (["nowhere.at_all:net"], "No module named 'nowhere'; is it installed"),
         (["torchvision.models:resnet51"], "has no 'resnet51'. Did you mean .*resnet"),
         (["torchvision.models:resnet50", "wdith=2"], "raised TypeError: .*wdith"),

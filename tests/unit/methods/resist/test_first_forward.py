@@ -136,6 +136,16 @@ def test_a_block_that_overwrites_its_input_is_scaled_in_the_layer_that_it_declar
     assert torch.allclose(block.module(x.clone()), x + 0.5 * branch)
 
 
+@pytest.fixture
+def packing():
+    """Torch's encoder packs padded sequences; a test of an export or of another library may have switched it off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(True)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.usefixtures("packing")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_padded_sequences_that_an_encoder_packs_in_evaluation_wait_for_the_next_call():
     """The Trainer's validation before the training ended with torch's "NestedTensorImpl doesn't support sizes"."""
