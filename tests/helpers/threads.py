@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -171,6 +172,20 @@ def _on_one_core() -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Inside, no garbage is collected.
+
+    Within torch's get_rng_state a collection may release the interpreter's lock, but not the generator's, and two
+    threads then wait for each other for ever. Real workers are processes.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def call_in_threads(
     work: Callable[[int], Any], workers: int, consequences: type[BaseException] | tuple[type[BaseException], ...]
 ) -> list[Any]:
@@ -181,7 +196,7 @@ def call_in_threads(
         workers: number of workers.
         consequences: errors that one worker raises because of another's; others are raised before them.
     """
-    with _on_one_core(), ThreadPoolExecutor(workers) as pool:
+    with _on_one_core(), _without_garbage_collection(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, worker) for worker in range(workers)]
     if "torch._dynamo" in sys.modules:
         # Workers force eager code for a moment. The setting is per process: a thread may restore another one's value.
