@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from resist_lightning import (
-    Config,
-)
+from resist_lightning import Config
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import QSR, PostLocal
 from resist_lightning.strategies.launching.checks import (
