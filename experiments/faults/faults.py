@@ -23,6 +23,7 @@ import torch
 from typing_extensions import override
 
 from experiments.faults import injections
+from resist_lightning.faults.failure_detector import BEAT_SECONDS
 from resist_lightning.schedule.progress import Activity
 from resist_lightning.strategies.base import SubnetStrategy
 
@@ -37,6 +38,7 @@ KINDS = (
     "run_out_of_memory",  # an allocation that the system really refuses
     "fill_disk",  # no more bytes fit into the file: the kernel's limit on the size of files (EFBIG), not a patched `open`
 )
+WITHOUT_A_WORD = ("kill", "segfault", "freeze")
 PLACES = (
     "local steps",  # in a batch, before its backward pass
     "handshake",  # before a sync has sent anything
@@ -153,6 +155,9 @@ class Injector(L.Callback):
 
     def _strike(self) -> None:
         self.struck = True
+        if self.fault.worker == 0 and self.fault.kind in WITHOUT_A_WORD:
+            # The store goes with it, so the others must have read a heartbeat by then to say what it was doing.
+            time.sleep(2 * BEAT_SECONDS)
         if self._note is not None:
             moment = {"at": time.monotonic(), "what": self._activity.what, "steps": self._clock.total_steps}
             self._note.write_text(json.dumps(moment))
