@@ -50,12 +50,13 @@ class Case(AnyCase):
     overlap: int = 0  # local steps beside which a sync runs
     fragments: int = 1  # of the network; one is synced after each round
     outer_momentum: float | None = None  # of the outer optimizer; None is the default
+    optimizer: str = "sgd"  # of the local steps: sgd or muon
 
     @property
     @override
     def key(self) -> dict[str, Any]:
         """The key in the result file, without newer fields at their defaults: rows measured before these have none."""
-        newer = {"overlap": 0, "fragments": 1, "outer_momentum": None}
+        newer = {"overlap": 0, "fragments": 1, "outer_momentum": None, "optimizer": "sgd"}
         return {name: value for name, value in super().key.items() if name not in newer or value != newer[name]}
 
 
@@ -203,6 +204,16 @@ def outer(options: Any) -> list[Case]:
     return cases
 
 
+def optimizer(options: Any) -> list[Case]:
+    """SGD and Muon in the local steps."""
+    cases: list[Case] = []
+    for seed in range(options.seeds):
+        for method, workers in (("single", 1), *product(("resist_outer", "resist", "ddp", "diloco"), options.counts)):
+            usual = base(method, workers, seed, options)
+            cases += [usual, replace(usual, optimizer="muon", lr=options.muon_lr)]
+    return cases
+
+
 def rates(options: Any) -> list[Case]:
     """Learning rates, judged on the hold-out; with a seed that no other study uses."""
     return [
@@ -214,5 +225,5 @@ def rates(options: Any) -> list[Case]:
 
 STUDIES: dict[str, Callable[[Any], list[Case]]] = {
     study.__name__: study
-    for study in (main, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, rates)
+    for study in (main, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, optimizer, rates)
 }

@@ -24,7 +24,7 @@ def compared(cases: Sequence[Case], options: Any) -> Iterator[tuple[Case, dict[s
     torch.set_num_threads(1)
     for case in cases:
         data = prepared(options)
-        recipe = recipe_of(options)
+        recipe = recipe_of(case, options)
         rates = recipe.rates(case.lr, steps_of(options.check_samples, options.batch, WORKERS))
         network = make_network(case, options, data.examples.pixels.shape[1])
         config = None if case.method == "ddp" else config_of(case, options)

@@ -7,7 +7,7 @@ python experiments/accuracy/run.py size=quarter folder=PATH    (a quarter of the
 python experiments/accuracy/run.py size=short folder=PATH      (minutes a training, on images of 16 x 16 pixels)
 python experiments/accuracy/run.py size=smoke out=/tmp/smoke   (seconds, on digits)
 
-Studies: main check design local_steps momentum batch_norm scale wire overlap outer rates. Options are key=value: see `Options`. A
+Studies: main check design local_steps momentum batch_norm scale wire overlap outer optimizer rates. Options are key=value: see `Options`. A
 result is written as soon as it is there (results/STUDY.jsonl); a second call resumes from there, fresh=true begins anew.
 """
 
@@ -69,6 +69,7 @@ class Options(cli.Command):
     width: float = option(0.5, "1.0 is the paper's width", above=0, quarter=0.25, short=0.125, smoke=0.0625)
     deep: int = option(9, "blocks in section 3; all but the first are partitioned", least=3, most=64, smoke=3)
     lr: float = option(0.05, "highest learning rate", above=0, short=0.03, smoke=0.1)
+    muon_lr: float = option(0.002, "highest learning rate of Muon, in the study optimizer", above=0)
     schedule: str = option("one_cycle", "schedule of the learning rate", choices=("one_cycle", "steps"), short="steps")
     smoothing: float = option(0.1, "label smoothing", least=0, below=1, short=0.0)
     nesterov: bool = option(True, "Nesterov momentum", short=False)

@@ -207,6 +207,15 @@ def outer(content: Content) -> Grid:
     return Grid("Momenta of the outer optimizer", header, lines)
 
 
+def optimizer(content: Content) -> Grid:
+    lines = []
+    for (method, workers), own in grouped(content["rows"], "method", "workers", titles=TITLES):
+        by_optimizer = [[row for row in own if row["case"].get("optimizer", "sgd") == name] for name in ("sgd", "muon")]
+        cells = [mean_of(rows, "last") for rows in by_optimizer]
+        lines.append([TITLES[method], workers, *cells, min(map(len, by_optimizer))])
+    return Grid("SGD and Muon in the local steps", ["", "S", "SGD, %", "Muon, %", "n, at least"], lines)
+
+
 def rates(content: Content) -> Grid:
     found, lines = distinct(content["rows"], "lr"), []
     for (method, workers), own in grouped(content["rows"], "method", "workers", titles=TITLES):
@@ -217,7 +226,7 @@ def rates(content: Content) -> Grid:
 
 STUDIES = {"main": (conditions, summary, main)} | {
     make.__name__: (make,)
-    for make in (check, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, rates)
+    for make in (check, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, optimizer, rates)
 }
 TABLES = (
     page_tables(RESULTS, STUDIES, "accuracy_")

@@ -77,7 +77,7 @@ def _shrunk(images: Images, factor: int) -> Images:
 def make_trainer(case: Case, options: Any) -> Trainer:
     """The trainer of ``case``."""
     network = make_network(case, options, prepared(options).examples.pixels.shape[1])
-    recipe = recipe_of(options)
+    recipe = recipe_of(case, options)
     if case.method in ("single", "ddp"):
         return DataParallel(network, recipe.optimizer(network, case.lr), case.workers, recipe)
     steps = steps_of(options.samples, options.batch, case.workers)
@@ -87,9 +87,9 @@ def make_trainer(case: Case, options: Any) -> Trainer:
     return Simulated(simulator, recipe)
 
 
-def recipe_of(options: Any) -> Recipe:
+def recipe_of(case: Case, options: Any) -> Recipe:
     """The recipe, the same for all methods."""
-    return Recipe(options.schedule, options.smoothing, options.nesterov)
+    return Recipe(options.schedule, options.smoothing, options.nesterov, case.optimizer)
 
 
 def measure(case: Case, options: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def measure(case: Case, options: Any) -> dict[str, Any]:
     steps = steps_of(options.samples, options.batch, case.workers)
     curve = Curve(data, stops(steps, options.evaluations))
     stream = data.stream(options.batch, case.seed)
-    rates = recipe_of(options).rates(case.lr, steps)
+    rates = recipe_of(case, options).rates(case.lr, steps)
     trainer = train(make_trainer(case, options), stream, case.workers, rates, curve)
     best = max(curve.points, key=lambda point: (point["holdout"], point["step"]))  # of equal ones the later
     return {
