@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from resist_lightning.comm.group import messages_sent
-from resist_lightning.state.optimizer_twin import Numbers, Trial, is_number, items_of, take_trial_steps, with_inner
+from resist_lightning.state.optimizer_twin import (
+    Kind,
+    Numbers,
+    Trial,
+    is_number,
+    items_of,
+    kind_of,
+    take_trial_steps,
+    with_inner,
+)
 from resist_lightning.state.random_state import random_numbers_apart
-
-Kind: TypeAlias = tuple[int, int]
-"""A parameter group's number, and the number of a parameter's dimensions."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Findings:
     """State of one optimizer, as found by trial steps.
 
     Attributes:
-        slots: for each kind of parameter, the slots of its state by name.
+        slots: for each group number and kind of parameter, the slots of its state by name.
         odd: names of state that has another shape than its parameter, or is neither a tensor nor a number.
         group: names of the values in parameter groups that steps change.
         attributes: names of the optimizer's own numbers that steps change.
@@ -63,7 +69,7 @@ class Findings:
         unknown: the error of the trial steps; empty if they succeeded.
     """
 
-    slots: dict[Kind, dict[str, Slot]] = field(default_factory=dict)
+    slots: dict[tuple[int, Kind], dict[str, Slot]] = field(default_factory=dict)
     odd: list[str] = field(default_factory=list)
     group: list[str] = field(default_factory=list)
     attributes: list[str] = field(default_factory=list)
@@ -123,7 +129,7 @@ def _find_slots(found: Findings, twin: Optimizer, shifted: Optimizer) -> None:
     for number, group in enumerate(twin.param_groups):
         others = shifted.param_groups[number]["params"]
         for small, other in zip(group["params"], others, strict=True):
-            slots = found.slots[number, small.dim()] = {}
+            slots = found.slots[number, kind_of(small)] = {}
             shifted_state = shifted.state.get(other, {})
             for name, value in twin.state.get(small, {}).items():
                 if value is None:

@@ -268,7 +268,7 @@ class OptimizerStates:
             for tracked, group_of in groups:
                 if parameter.requires_grad and id(parameter) in group_of:
                     group = group_of[id(parameter)]
-                    yield parameter, tracked, tracked.slots(group, parameter.dim())
+                    yield parameter, tracked, tracked.slots(group, parameter)
 
 
 def ids_of_parameters(optimizers: Iterable[Optimizer]) -> set[int]:

@@ -22,6 +22,14 @@ _NUMBERS = (bool, int, float)
 
 Numbers: TypeAlias = list[dict[str, Any]]
 
+Kind: TypeAlias = tuple[int, torch.dtype]
+"""The number of a parameter's dimensions, and its data type, which is that of its state."""
+
+
+def kind_of(parameter: Tensor) -> Kind:
+    """The kind of a parameter: those of one kind in one group have the same slots."""
+    return parameter.dim(), parameter.dtype
+
 
 def with_inner(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer and its inner ones, as Lookahead and SAM have."""
@@ -38,7 +46,7 @@ def with_inner(optimizer: Optimizer) -> list[Optimizer]:
 
 
 class Trial:
-    """A twin of an optimizer, with one small parameter for each kind of parameter that it has.
+    """A twin of an optimizer, with one small parameter for each :func:`kind_of` parameter that it has.
 
     Args:
         optimizer: the original.
@@ -97,21 +105,21 @@ class Trial:
         return torch.ones(())
 
     def _small_groups(self, optimizer: Optimizer, memo: dict[int, Any]) -> None:
-        """Copy the groups, with one small parameter for each number of dimensions."""
+        """Copy the groups, with one small parameter for each kind."""
         # By `memo`, whatever refers to a parameter or a group will refer to its copy, as in `copy.deepcopy`.
         if id(optimizer.param_groups) in memo:
             return
         groups = memo[id(optimizer.param_groups)] = []
         for group in optimizer.param_groups:
-            small: dict[int, nn.Parameter] = {}
+            small: dict[Kind, nn.Parameter] = {}
             for parameter in group["params"]:
                 # The same one where another optimizer has the parameter too.
                 dummy = memo.get(id(parameter))
                 if dummy is None:
-                    dummy = small.get(parameter.dim())
+                    dummy = small.get(kind_of(parameter))
                 if dummy is None:
                     dummy = self._small(parameter)
-                small[parameter.dim()] = dummy
+                small[kind_of(parameter)] = dummy
                 memo[id(parameter)] = dummy
             if id(group) not in memo:
                 copied = {key: _copy(value, memo) for key, value in group.items() if key != "params"}

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from resist_lightning.state.host_copies import copied
 from resist_lightning.state.optimizer_probe import Findings, Slot
+from resist_lightning.state.optimizer_twin import kind_of
 from resist_lightning.state.python_numbers import python_numbers
 
 _ABSENT: Any = ...  # survives deepcopy as the same object
@@ -44,14 +45,14 @@ class TrackedOptimizer:
             found.update(dict.fromkeys(map(id, group["params"]), number))
         return found
 
-    def slots(self, group: int, dim: int) -> dict[str, Slot]:
-        """The slots of a parameter with ``dim`` dimensions in a group."""
-        found = self.findings.slots
-        if (group, dim) in found:
-            return found[group, dim]
-        # The group was added since: its parameters are taken to have the slots of others with as many dimensions.
-        for (_, other_dim), slots in found.items():
-            if other_dim == dim:
+    def slots(self, group: int, parameter: Tensor) -> dict[str, Slot]:
+        """The slots of a parameter in a group."""
+        found, kind = self.findings.slots, kind_of(parameter)
+        if (group, kind) in found:
+            return found[group, kind]
+        # The group was added since: its parameters are taken to have the slots of others of their kind.
+        for (_, other), slots in found.items():
+            if other == kind:
                 return slots
         return {}
 
@@ -112,7 +113,7 @@ class TrackedOptimizer:
                 self.optimizer.state[place] = copied(state)
                 continue
             parameter = parameters[place]
-            slots = self.slots(groups[id(parameter)], parameter.dim())
+            slots = self.slots(groups[id(parameter)], parameter)
             loaded = self.optimizer.state[parameter] = {}
             for name, value in state.items():
                 # Step counters stay on the CPU in most optimizers, wherever the parameter is.

@@ -77,7 +77,7 @@ def test_what_an_optimizer_has_of_its_own_is_there_in_a_trial_and_untouched_by_i
     states = OptimizerStates([optimizer])
     assert (optimizer.calls, optimizer.mode, optimizer.param_groups[0]["count"]) == (0, "eval", 0)
     assert not optimizer.state
-    slots = states._tracked[0].findings.slots[0, 4]
+    slots = states._tracked[0].findings.slots[0, (4, torch.float32)]
     assert {name: (slot.shaped, slot.dtype, slot.number, slot.copies_weights) for name, slot in slots.items()} == {
         "step": (False, torch.float64, int, False),
         "z": (True, torch.float32, None, True),
@@ -133,7 +133,7 @@ def test_optimizers_of_a_library_are_tried_like_torch_s(recwarn):
     states.warn_about_settings("reset", "3 local steps")
     assert not recwarn.list
     parameter = of_block(module)[0]
-    assert [len(kept.slots(0, parameter.dim())) for kept in states._tracked] == [2, 4, 0, 3]
+    assert [len(kept.slots(0, parameter)) for kept in states._tracked] == [2, 4, 0, 3]
     assert states.optimizers[2:] == [made[2], made[2]._base_optimizer]
 
 

@@ -101,11 +101,19 @@ def test_frozen_parameters_and_strangers_have_no_state():
     assert [tensor.shape for tensor in found] == [block[1].shape]
 
 
-def test_an_absent_parameter_tells_shapes_and_makes_no_state():
+def test_an_absent_parameter_tells_shapes_and_data_types_and_makes_no_state():
+    """A block of 16 bits with a norm of 32 could not be handed over: all vectors were taken to have equal state."""
     module = small_preact()
+    block = of_block(module, 1)
+    for parameter in block[1:]:
+        parameter.data = parameter.data.bfloat16()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
     states = OptimizerStates([optimizer])
-    expected = [(t.shape, t.dtype) for t in states.tensors(of_block(module, 1))]
+    for parameter in block:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    expected = [(t.shape, t.dtype) for t in states.tensors(block)]
+    assert {dtype for _, dtype in expected} == {torch.float32, torch.bfloat16}
     SubnetBlock(select_blocks(module)[1]).free()
     optimizer.state.clear()
     found = states.tensors(of_block(module, 1))
