@@ -69,6 +69,9 @@ def run(cfg: DictConfig) -> float:
     # Before the strategy takes blocks away.
     full_parameters = sum(p.numel() for p in module.parameters())
     trainer = build_trainer(cfg)
+    # In the data type in which it will train, as the strategy will convert it.
+    parameters = trainer.precision_plugin.convert_module(module).parameters()
+    gradient_bytes = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
     if trainer.local_rank == 0:
         data.prepare_data()  # here and not in a worker: the others would wait for it, no longer than their timeout
     if trainer.is_global_zero:
@@ -90,6 +93,7 @@ def run(cfg: DictConfig) -> float:
             "workers": count_workers(trainer.strategy, cfg.trainer),
             "seed": cfg.seed,
             "full_parameters": full_parameters,
+            "gradient_bytes": gradient_bytes,
             "wall_seconds": wall_seconds,
             "checkpoint": str(checkpoint) if checkpoint else None,
             "test": metrics,

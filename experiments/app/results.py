@@ -27,7 +27,6 @@ RESULTS_FILE = "results.json"
 CURVES_FILE = "csv/metrics.csv"
 REPORT_FILE = "report.txt"
 PICTURES = ("accuracy.png", "partition.png", "timeline.png", "bytes.png")
-BYTES_PER_PARAMETER = 4
 HOLD_ALL = ("single", "ddp", "local_sgd")  # strategies whose workers hold the whole network
 
 
@@ -137,8 +136,7 @@ def _sent(run: Mapping[str, Any], summary: Mapping[str, Any] | None, clock: Mapp
     """Bytes sent by one worker in training, mean over workers, beside those of DDP and local SGD; None: unknown."""
     if summary is None:
         steps = clock.get("steps")
-        gradients = BYTES_PER_PARAMETER * run["full_parameters"]
-        by_closed_form = None if steps is None else ddp_bytes(gradients, run["workers"], steps)
+        by_closed_form = None if steps is None else ddp_bytes(run["gradient_bytes"], run["workers"], steps)
         sent = by_closed_form if run["strategy"] == "ddp" else None
         if run["workers"] == 1:
             sent = 0

@@ -18,8 +18,9 @@ from experiments.report import main, report
 from tests.helpers.programs import refusal
 
 RUN = {
-    "strategy": "resist", "workers": 2, "seed": 0, "full_parameters": 1000, "wall_seconds": 95.0,
-    "checkpoint": "best.ckpt", "test": {"accuracy": 0.975, "loss": 0.125}, "overrides": [], "made_with": {},
+    "strategy": "resist", "workers": 2, "seed": 0, "full_parameters": 1000, "gradient_bytes": 1800,
+    "wall_seconds": 95.0, "checkpoint": "best.ckpt", "test": {"accuracy": 0.975, "loss": 0.125}, "overrides": [],
+    "made_with": {},
 }  # fmt: skip
 SUMMARY = {
     "strategy": "resist", "workers": 2, "rounds": 3, "local_steps": 25, "local_steps_per_round": 10,
@@ -227,7 +228,7 @@ def test_local_sgd_has_no_partition_to_draw(tmp_path: Path) -> None:
 def test_ddp_shows_the_closed_form_and_says_so(tmp_path: Path) -> None:
     write(tmp_path, {**RUN, "strategy": "ddp", "workers": 4})
     results, text = reported(tmp_path)
-    assert results["sent_bytes"]["training"] == 25 * 4 * 1000 * 2 * 3 // 4
+    assert results["sent_bytes"]["training"] == 25 * 1800 * 2 * 3 // 4
     assert not results["sent_bytes"]["measured"]
     assert "closed form, not measured" in text
     assert not (tmp_path / "bytes.png").exists()
@@ -257,7 +258,7 @@ def test_a_run_without_logger_and_callbacks_still_has_its_accuracy(tmp_path: Pat
         ("auxnet", "round_monitor", None, None),
         ("local_sgd", "round_monitor", 1000, None),
         ("ddp", "clock", 1000, None),
-        ("ddp", "round_monitor", 1000, 25 * 4 * 1000),
+        ("ddp", "round_monitor", 1000, 25 * 1800),
     ],
 )
 def test_what_a_callback_that_was_left_out_would_have_told_is_unknown(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 from torch import nn
 
-from resist_lightning import Config, NeuronConfig
+from resist_lightning import Config, Engine, NeuronConfig
 from resist_lightning.callbacks import RoundMonitor
 from resist_lightning.callbacks.round_monitor import _slowest
+from resist_lightning.comm.collective import Collective
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.partition import draw_neurons
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.models import preact_resnet
+from tests.helpers.strict_collective import run_strictly
 
 
 @pytest.mark.parametrize("every_n_rounds", [0, -1])
@@ -48,3 +54,24 @@ def test_blocks_are_not_neurons() -> None:
 def test_the_slowest_worker_is_compared_with_the_mean() -> None:
     assert _slowest([0.1, 0.3, 0.2]) == {"sync/slowest_worker": 1, "sync/slowest_step": pytest.approx(1.5)}
     assert _slowest([]) == _slowest([0.0, 0.0]) == {}
+
+
+def summary_of_local_sgd(collective: Collective) -> dict[str, Any]:
+    net = nn.Sequential(nn.Linear(3, 5).bfloat16(), nn.Linear(5, 4).requires_grad_(False), nn.Linear(4, 2))
+    engine = Engine(
+        net, [torch.optim.SGD(net.parameters(), 0.1)], Config(local_steps=2, blocks=[]), collective=collective
+    )
+    engine.start()
+    for _ in range(4):
+        engine.states.optimizers[0].step()
+        engine.after_step()
+    engine.finish()
+    return RoundMonitor().summary(SimpleNamespace(strategy_name="local_sgd"), engine)
+
+
+def test_the_alternatives_are_counted_in_the_data_types_that_they_send() -> None:
+    """Frozen layers counted for local SGD, which does not average them, and those of 16 bits half of what it sends."""
+    summary = run_strictly(summary_of_local_sgd, 2)[0][0]
+    trained_16, trained_32 = 4 * 5, 5 * 2
+    assert summary["local_sgd_bytes"] == summary["sent_bytes"]["shared"][0] == 2 * 4 * (trained_16 + trained_32)
+    assert summary["ddp_bytes"] == 4 * (2 * trained_16 + 4 * trained_32)
