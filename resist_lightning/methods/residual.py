@@ -70,6 +70,7 @@ class Block:
             scales the branch; None if unknown.
         keeps_shape: whether input and output seem to have the same shape; a guess until its first forward.
         seen: findings of its first forward.
+        not_own: names, within the block, of tensors that other modules have too, and that all workers hold.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Block:
     branch_end: str | None
     keeps_shape: bool
     seen: Seen = field(default_factory=Seen, compare=False)
+    not_own: frozenset[str] = frozenset()
 
     @property
     def section(self) -> str:
@@ -95,11 +97,11 @@ class Block:
 
     @cached_property
     def _at_start(self) -> dict[str, Tensor]:
-        """The block's tensors by name when they were first asked for, before the network ran."""
-        return named_tensors(self.module)
+        """The block's own tensors by name when they were first asked for, before the network ran."""
+        return {name: tensor for name, tensor in named_tensors(self.module).items() if name not in self.not_own}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The block's parameters, then its buffers, by qualified name; none that a forward has registered since."""
+        """The block's own parameters, then its buffers, by qualified name; none that a forward has registered since."""
         names = {id(tensor): name for name, tensor in named_tensors(self.module).items()}
         return {f"{self.name}.{names.get(id(tensor), name)}": tensor for name, tensor in self._at_start.items()}
 
@@ -145,8 +147,8 @@ def candidates(module: nn.Module) -> str:
     names = [block.name for block in find_blocks(module) if block.keeps_shape]
     if not names:
         return (
-            "No residual block was recognised in this model: name modules of your own by a glob, or declare "
-            "`residual_branch_end` in the block's class."
+            "No residual block was recognised in this model: a block's own forward must add its input, as x + "
+            "branch(x). Name modules of your own by a glob, or declare `residual_branch_end` in the block's class."
         )
     return f"Blocks that can be partitioned: {summary(names)}."
 
@@ -220,5 +222,5 @@ def _width(layer: nn.Module, side: str) -> object:
 
 
 def parameters_of(blocks: Sequence[Block]) -> list[nn.Parameter]:
-    """The parameters of some blocks."""
-    return [parameter for block in blocks for parameter in block.module.parameters()]
+    """The parameters of some blocks, without those that other modules have too."""
+    return [tensor for block in blocks for tensor in block.tensors().values() if isinstance(tensor, nn.Parameter)]

@@ -144,6 +144,24 @@ class Normed(nn.Module):
         return self.head(self.body(self.stem(images[:, :, 0, 0])))
 
 
+class Referring(Normed):
+    """All blocks refer to one norm, into which each of them writes statistics, and to one frozen factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm, factor = nn.BatchNorm1d(16, affine=False), nn.Parameter(torch.full((16,), 0.5), requires_grad=False)
+        self.body = nn.Sequential(*(Refers(norm, factor) for _ in range(5)))
+
+
+class Refers(nn.Module):
+    def __init__(self, norm: nn.Module, factor: nn.Parameter) -> None:
+        super().__init__()
+        self.linear, self.norm, self.factor = nn.Linear(16, 16), norm, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x) * self.factor)
+
+
 class SomeBatches(nn.Module):
     """A network of blocks of two branches; the second one runs only in batches whose first image is bright."""
 

@@ -67,6 +67,7 @@ class _Look:
         self._known = known
         self._argument = first_argument(module)
         self._body = getattr(module, "_orig_mod", module)  # the module that torch.compile wraps
+        self._prefix = "" if self._body is module else "_orig_mod."
         self._forward: Callable[..., Any] = self._body.forward
         if not foldable(block):
             block.seen.called = False
@@ -121,8 +122,7 @@ class _Look:
         # Blocks of a kind are not searched again if one failed: a search takes some twenty forwards of the block.
         if not hint:
             self._known[kind] = ends
-        prefix = "" if self._body is self._block.module else "_orig_mod."
-        seen.ends = tuple(_prefixed(end, prefix) for end in ends)
+        seen.ends = tuple(_prefixed(end, self._prefix) for end in ends)
 
     def _ends_of_kind(
         self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], hint: Sequence[BranchEnd]
@@ -162,7 +162,12 @@ class _Look:
             others, named = self._arguments(value, args, kwargs, dtype)
             return self._forward(*others, **named)
 
-        return find_branch_ends(self._body, x, call, hint, dtype)
+        ends = find_branch_ends(self._body, x, call, hint, dtype)
+        for end in ends:
+            for name in (*end.tensors, *end.divided):
+                if f"{self._prefix}{name}" in self._block.not_own:
+                    raise ValueError(f"{name} is not of this block alone")  # each block would scale it
+        return ends
 
     def _try(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Call the block on random numbers with weights of zero; a forward that raises then is not judged."""
@@ -195,8 +200,8 @@ class _Look:
             raise BlockSelectionError(
                 f"block {self._block.name!r} ({type(self._block.module).__name__}) is not residual: with its weights "
                 "at zero it does not return its input (nor an activation or a norm of it), so leaving it out is not "
-                "the identity. Leave it out of `blocks`; if it does add a residual, declare `residual_branch_end` in "
-                "its class (docs/adding-a-model.md)."
+                "the identity. Leave it out of `blocks`; if its caller adds the input, move that sum into its forward; "
+                "if it adds a residual itself, declare `residual_branch_end` in its class (docs/adding-a-model.md)."
             )
 
     def _arguments(

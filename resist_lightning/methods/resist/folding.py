@@ -107,6 +107,8 @@ def last_layer(block: Block) -> dict[str, Tensor]:
     if type(layer) not in _LINEAR_IN_WEIGHT and type(layer).__name__ not in _LINEAR_BY_NAME:
         return {}
     own: dict[str, Tensor] = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    if "weight" not in own:
+    last = {f"{block.name}.{block.branch_end}.{name}": own[name] for name in ("weight", "bias") if name in own}
+    # A layer that other blocks have too would be scaled by each of them.
+    if "weight" not in own or not last.keys() <= block.tensors().keys():
         return {}
-    return {f"{block.name}.{block.branch_end}.{name}": own[name] for name in ("weight", "bias") if name in own}
+    return last

@@ -17,6 +17,7 @@ from resist_lightning.comm.quantize import compressible, is_vector
 from resist_lightning.comm.tensors import averaged_bytes_by_type, named_tensors
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
+from resist_lightning.methods.residual import parameters_of
 from resist_lightning.methods.resist.bypass import compiled_as_a_whole
 from resist_lightning.methods.resist.bytes import Sizes
 from resist_lightning.methods.resist.config import Config, make_schedule, plan_end
@@ -84,7 +85,7 @@ class BlockLayout(Layout):
 
     @override
     def held_parameters(self, round: int) -> list[int]:
-        sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in self.blocks]
+        sizes = [sum(parameter.numel() for parameter in parameters_of([block])) for block in self.blocks]
         shared = sum(parameter.numel() for parameter in self.module.parameters()) - sum(sizes)
         return [shared + sum(sizes[block] for block in held) for held in self.partition(round).held]
 
@@ -201,7 +202,7 @@ class BlockLayout(Layout):
             plain, compressed = self._split(block.tensors())
             blocks.append(packed_bytes(plain.values()) + (values.bytes(sum(compressed)) if values else 0))
             averaged.append(averaged_bytes_by_type(tensor for name, tensor in plain.items() if name in changing))
-            state = states.bytes(block.module.parameters()) if self.config.momentum == "travel" else 0
+            state = states.bytes(parameters_of([block])) if self.config.momentum == "travel" else 0
             copy = self.companion.bytes(block.tensors()) if self.companion is not None else 0
             travelling.append(state + copy)
             entries.append(compressed)

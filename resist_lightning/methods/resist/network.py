@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.globs import matches, summary
 from resist_lightning.methods.residual import (
@@ -14,6 +16,7 @@ from resist_lightning.methods.residual import (
     block_at,
     candidates,
     find_blocks,
+    parameters_of,
     recognise,
     scripted,
     untrained,
@@ -62,7 +65,8 @@ def select_blocks(
         blocks = _by_globs(module, _patterns(choice), trained)
     # Each of these cases would send a tensor twice, or leave a part of a block behind.
     _refuse_nesting(blocks)
-    _refuse_tied(module, blocks)
+    names_by_id = names_of_tensors(module)
+    _refuse_tied(blocks, names_by_id)
     for block in blocks:
         names = scripted(block.module)
         if names:
@@ -71,7 +75,7 @@ def select_blocks(
                 "forward cannot be left out, and would keep using memory that a worker frees. Build the network "
                 "without torch.jit, and script it after the training; or leave the block out of `blocks`."
             )
-    return tuple(blocks)
+    return tuple(replace(block, not_own=_not_own(block, names_by_id)) for block in blocks)
 
 
 def left_out(module: nn.Module, choice: BlockChoice, trained: Collection[int] | None = None) -> tuple[str, ...]:
@@ -121,7 +125,7 @@ def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[
     if not any(choices):
         possible = [*_paper_rule(module), *repeated_blocks(module)]
         _refuse_untrained(module, possible, trained)
-        _refuse_tied(module, possible)
+        _refuse_tied(possible, names_of_tensors(module))
         raise BlockSelectionError(
             "no residual block that keeps the shape of its input was found; choose with `blocks=`. "
             f"{candidates(module)} Or take a strategy that needs no such blocks: 'ist' deals out hidden neurons, "
@@ -155,10 +159,10 @@ def _refuse_untrained(module: nn.Module, blocks: Sequence[Block], trained: Colle
         )
 
 
-def share_of(module: nn.Module, blocks: Iterable[Block]) -> float:
+def share_of(module: nn.Module, blocks: Sequence[Block]) -> float:
     """The share of a module's parameters that lies in some blocks."""
     total = sum(parameter.numel() for parameter in module.parameters())
-    return sum(parameter.numel() for block in blocks for parameter in block.module.parameters()) / max(total, 1)
+    return sum(parameter.numel() for parameter in parameters_of(blocks)) / max(total, 1)
 
 
 def _patterns(choice: str | Sequence[str]) -> list[str]:
@@ -215,18 +219,31 @@ def _refuse_nesting(blocks: Sequence[Block]) -> None:
                 raise BlockSelectionError(f"block {name!r} lies in block {outer!r}; choose one of the two.")
 
 
-def _refuse_tied(module: nn.Module, blocks: Sequence[Block]) -> None:
-    names = names_of_tensors(module)
+def _refuse_tied(blocks: Sequence[Block], names: Mapping[int, Sequence[str]]) -> None:
     for block in blocks:
         tied = _tied_names(block, names)
         if tied:
             raise BlockSelectionError(
                 f"block {block.name!r} shares a tensor under the names {', '.join(tied)} (tied weights); a block that "
-                "is used twice cannot be handed over. Leave it out of `blocks`, or register the module once."
+                "is used twice cannot be handed over. Leave it out of `blocks`, or give each block tensors of its own."
             )
 
 
 def _tied_names(block: Block, names: Mapping[int, Sequence[str]]) -> Sequence[str]:
-    """The names of the first tensor of a block that has several; empty if there is none."""
-    tied = (names[id(tensor)] for tensor in block.tensors().values() if len(names[id(tensor)]) > 1)
+    """The names of the first parameter that trains and has several, or of any if the block has none of its own.
+
+    Empty if there is none. Frozen parameters and buffers with several names, such as those of rotary embeddings that
+    all blocks use, stay shared.
+    """
+    own = parameters_of([replace(block, not_own=_not_own(block, names))])
+    suspects = own or parameters_of([block])
+    tied = (names[id(parameter)] for parameter in suspects if len(names[id(parameter)]) > 1)
     return next(tied, ())
+
+
+def _not_own(block: Block, names: Mapping[int, Sequence[str]]) -> frozenset[str]:
+    """Names, within a block, of the tensors that other modules have too and nothing trains."""
+    tensors = named_tensors(block.module)
+    return frozenset(
+        name for name, tensor in tensors.items() if len(names[id(tensor)]) > 1 and not tensor.requires_grad
+    )

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resist_lightning.comm.byte_formulas import local_sgd_bytes
 from resist_lightning.comm.tensors import averaged_bytes
-from resist_lightning.methods.residual import Block, BranchEnd, find_blocks
+from resist_lightning.methods.residual import Block, BranchEnd, find_blocks, parameters_of
 from resist_lightning.methods.resist.bytes import observation_bytes, sync_bytes
 from resist_lightning.methods.resist.config import default_min_blocks
 from resist_lightning.methods.resist.folding import foldable
@@ -123,7 +123,7 @@ def rows(layout: BlockLayout, flops: Flops | None = None) -> list[Row]:
                 globs=_globs(layout, names) if keeps else tuple(names),
                 kind=kind,
                 blocks=len(blocks),
-                bytes=sum(parameter.nbytes for block in blocks for parameter in block.module.parameters()),
+                bytes=sum(parameter.nbytes for parameter in parameters_of(blocks)),
                 keeps_shape=keeps,
                 chosen=is_chosen,
                 folds=folds,
@@ -258,7 +258,7 @@ def _share_held(layout: BlockLayout, blocks: Sequence[Block]) -> float:
     least = default_min_blocks(len(blocks)) if config.min_blocks is None else min(config.min_blocks, len(blocks))
     counts = blocks_per_worker(len(blocks), layout.workers, least)
     total = sum(parameter.numel() for parameter in layout.module.parameters())
-    inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
+    inside = sum(parameter.numel() for parameter in parameters_of(blocks))
     # Over many rounds each block is held equally often.
     absent = 1 - sum(counts) / (layout.workers * len(blocks))
     return 1 - absent * inside / max(total, 1)

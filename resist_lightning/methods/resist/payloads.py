@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resist_lightning.comm.payload import Payload
 from resist_lightning.comm.quantize import compressible, noise_for
+from resist_lightning.methods.residual import parameters_of
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.outer import OuterOptimizer, has_outer_step
@@ -55,7 +56,7 @@ class Payloads:
         tensors, config = list(block.tensors().values()), self._layout.config
         if round is None:
             return Payload(tensors)
-        state = self._states.tensors(block.module.parameters()) if config.momentum == "travel" else []
+        state = self._states.tensors(parameters_of([block])) if config.momentum == "travel" else []
         if self._layout.companion is not None:
             state = [*state, *self._layout.companion.tensors(block.tensors())]
         if not self._compresses:

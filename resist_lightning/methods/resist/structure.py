@@ -1,4 +1,4 @@
-"""Finds residual blocks by structure: classes with twins in a container, and with an addition.
+"""Finds residual blocks by structure: classes with twins in a container, or else with siblings, and with an addition.
 
 A guess, made before the network has run, for the default choice of blocks; the first forward of each block verifies it.
 """
@@ -24,59 +24,116 @@ _ADDITIONS = ("add", "add_", "addcmul", "add_relu")
 
 
 def repeated_blocks(module: nn.Module) -> tuple[Block, ...]:
-    """The modules that look like residual blocks and keep the shape of their input, in their order."""
-    return tuple(_inside(module, "", _block_classes(module)))
+    """The modules that look like residual blocks and keep the shape of their input, in their order.
+
+    If no container has twins among its children, siblings of one class will do, in any module: two blocks in each
+    stage of which the first changes the shape, or blocks that are attributes of their stage.
+    """
+    found = _inside(module, "", _classes_of_twins(module))
+    return tuple(found or _inside(module, "", _classes_of_siblings(module), anywhere=True))
 
 
 def sections(blocks: tuple[Block, ...], module: nn.Module) -> dict[str, list[Block]]:
-    """The blocks by the container that holds them, without the first child of each container."""
+    """The blocks by the container that holds them, without the first child of each container.
+
+    A container such as that of a layer's attention and MLP is one child of the container that holds all layers.
+    """
     found: dict[str, list[Block]] = {}
     for block in blocks:
-        container = module.get_submodule(block.section)
-        first = next(iter(container.children()))
-        if block.module is not first:
-            found.setdefault(block.section, []).append(block)
+        section, child = _section(module, block.name)
+        first = next(iter(module.get_submodule(section).children()))
+        if child is not first:
+            found.setdefault(section, []).append(block)
     return found
 
 
-def _inside(module: nn.Module, name: str, classes: set[type]) -> list[Block]:
-    """The blocks inside a module."""
+def _section(module: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """The name of the innermost container where a block, or the container that it is in, has a twin; and this child."""
+    path = name
+    while path:
+        section = path.rpartition(".")[0]
+        container, child = module.get_submodule(section), module.get_submodule(path)
+        if any(_are_twins(child, other) for other in container.children()):
+            return section, child
+        if not _only_contains(container):
+            break
+        path = section
+    return name.rpartition(".")[0], module.get_submodule(name)
+
+
+def _inside(module: nn.Module, name: str, classes: set[type], *, anywhere: bool = False) -> list[Block]:
+    """The blocks inside a module: in its containers, or anywhere in it."""
     shapes = Counter(_shapes(child) for child in module.children())
     found: list[Block] = []
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}".lstrip(".")
-        within = _inside(child, path, classes)
+        within = _inside(child, path, classes, anywhere=anywhere)
         # A module with many blocks of its own is a stage or a network, of an ensemble for example.
-        if len(within) < _NETWORK and isinstance(module, _CONTAINERS) and _is_candidate(child, classes):
+        contained = isinstance(module, _CONTAINERS)
+        possible = len(within) < _NETWORK and (anywhere or contained)
+        if possible and _is_candidate(child, classes, itself=not contained):
             block = recognise(path, child) or block_at(path, child)
             # A twin among the siblings takes their output as its input, so both keep the shape.
-            if block.keeps_shape or (shapes[_shapes(child)] > 1 and why_not(child) is None):
+            twins = not anywhere and shapes[_shapes(child)] > 1
+            if block.keeps_shape or (twins and why_not(child) is None):
                 found.append(block)
                 continue
         found.extend(within)
     return found
 
 
-def _block_classes(module: nn.Module) -> set[type]:
-    """Classes of which some container holds twins: modules with tensors of the same shapes."""
+def _classes_of_twins(module: nn.Module) -> set[type]:
+    """Classes of which some container holds twins, modules with tensors of the same shapes; or of parts of such twins.
+
+    Parts, if the twins are containers: of the attention and the MLP of each layer, for example.
+    """
     classes: set[type] = set()
     for container in module.modules():
         if isinstance(container, _CONTAINERS):
             counts = Counter(map(_shapes, container.children()))
-            classes.update(shapes[0] for shapes, count in counts.items() if count > 1)
+            for child in container.children():
+                if counts[_shapes(child)] > 1:
+                    classes.update(_kinds(child))
     return classes
 
 
-def _is_candidate(child: nn.Module, classes: set[type]) -> bool:
+def _classes_of_siblings(module: nn.Module) -> set[type]:
+    """Classes of which some module has several children."""
+    classes: set[type] = set()
+    for parent in module.modules():
+        counts = Counter(map(type, parent.children()))
+        classes.update(kind for kind, count in counts.items() if count > 1)
+    return classes
+
+
+def _kinds(module: nn.Module) -> set[type]:
+    """The class of a module, and those of its parts if it does nothing but contain them."""
+    parts = module.children() if _only_contains(module) else ()
+    return {type(module)}.union(*map(_kinds, parts))
+
+
+def _only_contains(module: nn.Module) -> bool:
+    """Whether a module is a container without a forward of its own."""
+    return isinstance(module, _CONTAINERS) and type(module).forward in (nn.Sequential.forward, nn.Module.forward)
+
+
+def _is_candidate(child: nn.Module, classes: set[type], *, itself: bool) -> bool:
+    """Whether a module of one of these classes looks residual: it has an addition itself, or some part of it."""
     if recognise("", child) is not None:
         return True
     if type(child) not in classes or why_not(child) is not None:
         return False
     # A sequence of blocks is no block: its parts are checked.
-    if type(child).forward is nn.Sequential.forward or isinstance(child, _CONTAINERS):
+    if _only_contains(child):
         return False
-    kinds: set[Any] = {type(part) for part in child.modules()}
+    # Nor is one that only calls its parts in its own way.
+    parts = (child,) if itself or isinstance(child, _CONTAINERS) else child.modules()
+    kinds: set[Any] = set(map(type, parts))
     return any(map(_adds, kinds))
+
+
+def _are_twins(module: nn.Module, other: nn.Module) -> bool:
+    return module is not other and type(module) is type(other) and _shapes(module) == _shapes(other)
 
 
 def _shapes(module: nn.Module) -> Any:

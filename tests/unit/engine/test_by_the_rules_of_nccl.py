@@ -8,6 +8,7 @@ from torch import Tensor
 
 from resist_lightning import QSR, Config, PostLocal
 from resist_lightning.comm.collective import Collective
+from tests.helpers.nets import Referring
 from tests.helpers.strict_collective import run_strictly
 from tests.helpers.strict_groups import run_members_strictly
 from tests.helpers.training import Run, SmallRun, assert_equal_states, train_engine, train_simulator
@@ -42,9 +43,15 @@ RUNS = {
         3,
         SmallRun(Config(local_steps=1, growth=[0.3, 0.6, 1], wire="int8", warmup_rounds=1), 7, observe_at=(3,)),
     ),
-    "rounds that follow the rate": (
+    "rounds that follow the rate, blocks that refer to one module": (
         3,
-        SmallRun(Config(local_steps=QSR(2, 0.09), min_blocks=3, warmup_rounds=1), 11, decay=0.9, observe_at=(4,)),
+        Run(
+            Config(local_steps=QSR(2, 0.09), min_blocks=3, warmup_rounds=1),
+            11,
+            decay=0.9,
+            observe_at=(4,),
+            net=Referring,
+        ),
     ),
     "syncs beside the training, outer, int8": (
         3,

@@ -14,6 +14,7 @@ from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.residual import BranchEnd, parameters_of
 from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.models import PreActResNet
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.nets import Undeclared, mlp, small_preact
@@ -30,6 +31,35 @@ def test_what_is_not_in_a_block_is_shared_buffers_included():
     assert [id(p) for p in parameters_of(layout.blocks)] == [
         id(p) for name, p in net.named_parameters() if any(name.startswith(block) for block in blocks)
     ]
+
+
+class Rotary(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind == "buffer":
+            self.register_buffer("frequencies", torch.ones(6))
+        else:
+            self.frequencies = nn.Parameter(torch.ones(6), requires_grad=kind == "trained")
+
+
+@pytest.mark.parametrize("kind", ["buffer", "frozen", "trained"])
+def test_what_all_blocks_refer_to_and_nothing_trains_is_held_by_all_workers(kind: str) -> None:
+    """One object of rotary embeddings in each block was refused as tied weights, as if a block were used twice."""
+    net, rotary = mlp(Undeclared), Rotary(kind)
+    for block in net.body:
+        block.rotary = rotary
+    if kind == "trained":
+        with pytest.raises(BlockSelectionError, match=r"body\.1\.rotary\.frequencies.*tied"):
+            BlockLayout(net, Config(blocks="body.*", min_blocks=1), 2)
+        return
+    layout = BlockLayout(net, Config(blocks="body.*", min_blocks=1), 2)
+
+    assert layout.shared["body.0.rotary.frequencies"] is rotary.frequencies
+    assert not any("rotary" in name for block in layout.blocks for name in block.tensors())
+    assert max(layout.held_parameters(0)) < sum(parameter.numel() for parameter in net.parameters())
+    Subnet(layout.blocks).hold([])
+    assert rotary.frequencies.sum() == 6
+    assert net.body[0].inside.weight.is_meta
 
 
 @pytest.mark.parametrize(("blocks", "least"), [(1, 1), (4, 2), (5, 2), (9, 4), (10, 5), (35, 5)])

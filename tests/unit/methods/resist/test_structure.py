@@ -73,6 +73,28 @@ class Mixed(Mixin, Chain):
     """Has the forward of a class that is not a module."""
 
 
+class Sum(nn.Sequential):
+    """A sequence with a sum of its own."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Loop(nn.Sequential):
+    """A sequence of residual blocks that calls them in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__(Adds(), Adds())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x
+
+
 class Stage(nn.Module):
     """Many blocks, and a skip around them all."""
 
@@ -96,19 +118,42 @@ def test_twins_that_add_nothing_are_no_blocks(kind) -> None:
     assert names(nn.Sequential(kind(), kind(), kind())) == []
 
 
-@pytest.mark.parametrize("kind", [Adds, AddsByFunction, AddsInHelper, ResidualLayer, Inherits, Extends, Mixed])
+@pytest.mark.parametrize("kind", [Adds, AddsByFunction, AddsInHelper, ResidualLayer, Inherits, Extends, Mixed, Sum])
 def test_twins_that_add_are_blocks(kind) -> None:
     assert names(nn.Sequential(kind(), kind(), kind())) == ["0", "1", "2"]
 
 
-def test_a_single_child_and_twins_outside_a_container_are_no_blocks() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.other = Adds(), Adds()
+class Attributes(nn.Module):
+    """Blocks as attributes, the first of which changes the width."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = Adds(), Adds(), Adds()
+        self.one.first = nn.Linear(2, 4)
+
+
+def test_siblings_are_blocks_where_no_container_has_twins() -> None:
+    """A stage of two blocks of which the first changes the shape; timm's RegNets, whose blocks are attributes."""
+    wider = Adds()
+    wider.first = nn.Linear(2, 4)
+    assert names(nn.Sequential(wider, Adds())) == ["1"]
     assert names(nn.Sequential(Adds(), Chain())) == []
-    assert names(Pair()) == []
+    assert names(Attributes()) == ["two", "three"]
+    assert names(nn.ModuleList([Attributes(), Adds(), Adds()])) == ["1", "2"]
+
+
+def test_of_a_sequence_that_calls_its_blocks_these_are_found() -> None:
+    assert names(nn.Sequential(Loop(), Loop())) == ["0.0", "0.1", "1.0", "1.1"]
+
+
+def test_blocks_of_two_kinds_that_alternate_are_found_and_a_pair_is_one_child() -> None:
+    """MLP-Mixers in a page of code: each layer is a sequence of two different residual wrappers."""
+    module = nn.Sequential(nn.Sequential(*(nn.Sequential(Sum(), Sum(8)) for _ in range(3))))
+    assert names(module) == [f"0.{layer}.{part}" for layer in range(3) for part in range(2)]
+    found = sections(repeated_blocks(module), module)
+    assert {name: [block.name for block in blocks] for name, blocks in found.items()} == {
+        "0": ["0.1.0", "0.1.1", "0.2.0", "0.2.1"]
+    }
 
 
 def test_of_a_stage_its_blocks_are_found() -> None:

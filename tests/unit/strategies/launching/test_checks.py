@@ -79,7 +79,7 @@ BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Excepti
         {"blocks": ["section3.0"]}, Classifier, BlockSelectionError, r"'net\.section3\.0' changes the shape",
     ),
     "no blocks": ({}, without_blocks, BlockSelectionError, r"that keeps the shape .*was recognised.*'ist' deals"),
-    "tied weights": ({"blocks": "section3.*"}, tied, BlockSelectionError, r"tied weights\).* register the module once"),
+    "tied weights": ({"blocks": "section3.*"}, tied, BlockSelectionError, r"tied weights\).* give each block tensors"),
     "no end": (
         {"finish_rounds": 2}, Classifier, ValueError, r"max_epochs=-1 without max_steps.*finish_rounds and growth",
     ),
