@@ -118,20 +118,19 @@ class Overlaps:
             chosen=(int(state["chosen"][0]), int(state["chosen"][1])) if state["chosen"] is not None else None,
         )
 
-    def unused(self, round: int, local_steps: int, steps: int) -> str:
+    def unused(self, round: int, begun: int) -> str:
         """A warning of a training that ends before anything is chosen; empty if it does not.
 
         Args:
             round: the round in which it begins.
-            local_steps: local steps of its rounds.
-            steps: number of its local steps.
+            begun: number of rounds that have begun when it ends.
         """
-        rounds = self.measured_from + waiting_rounds(self.fragments) - round
-        if self.round_steps is None or self.chosen is not None or not 0 < steps <= rounds * local_steps:
+        first = self.measured_from + waiting_rounds(self.fragments)  # the first round with the chosen overlap
+        if self.round_steps is None or self.chosen is not None or not round < begun <= first:
             return ""
         return (
-            f"overlap='auto': it is chosen after {rounds} rounds of {local_steps} local steps, and this training has "
-            f"{steps}, so every round waits for its sync. Give a number of local steps, or train longer."
+            f"overlap='auto': it is chosen after {first - round} rounds, and this training has {begun - round}, so "
+            "every round waits for its sync. Give a number of local steps, or train longer."
         )
 
     def summary(self) -> dict[str, Any] | None:

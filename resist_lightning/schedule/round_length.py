@@ -12,13 +12,17 @@ from typing import ClassVar, TypeAlias
 LONGEST = 2**40
 """Local steps of the longest round: a number that a header carries exactly, and that no training reaches."""
 
+ROUNDING = 1e-9
+"""A length this close below a whole number, relative to it, is that number: 0.3 / 0.1 is below 3 in floating point."""
+
 
 @dataclass(frozen=True)
 class QSR:
     """Rounds that grow as the learning rate falls: the quadratic synchronization rule (arXiv 2310.14423).
 
     A round has ``max(base, floor((coefficient / rate)²))`` local steps, by the learning rate at its beginning: that of
-    the first parameter group of the first optimizer. Where it is 0 the round has ``base``.
+    the first parameter group of the first optimizer. Where it is 0 the round has ``base``. Less than a billionth below
+    a whole number counts as that number.
 
     Args:
         base: local steps of the shortest round, at least 1.
@@ -57,7 +61,7 @@ class QSR:
             return self.base
         root = self.coefficient / rate
         # The product may be infinite, which has no floor.
-        return max(self.base, math.floor(min(root * root, LONGEST)))
+        return max(self.base, math.floor(min(root * root * (1 + ROUNDING), LONGEST)))
 
     def describe(self) -> str:
         """The rule in words, after "rounds of"."""

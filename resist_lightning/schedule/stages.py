@@ -70,12 +70,18 @@ def plan_stages(
         first: the round in which growth begins, after a warm-up.
 
     Raises:
-        ValueError: if it is not known which rounds are the last.
+        ValueError: if it is not known which rounds are the last, or ``total_steps`` is no whole number.
     """
     if total_steps is None or isinstance(rule, QSR):
         raise ValueError(
             f"{by} needs the number of local steps of the run, which is not known: set max_steps, or max_epochs with "
             "data of known length (without Lightning: total_steps of Engine and Simulator)."
+        )
+    given: object = total_steps
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ValueError(
+            f"total_steps={total_steps!r} must be a whole number of at least 0: the local steps of the run from its "
+            f"beginning to its end, which {by} needs."
         )
     left = rounds_in(rule, clock.steps_before, total_steps)
     last = clock.round + left - finish_rounds

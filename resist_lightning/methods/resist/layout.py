@@ -139,7 +139,7 @@ class BlockLayout(Layout):
     def without_effect(self, clock: Clock, steps: int) -> list[str]:
         schedule, begun = self.schedule, clock.rounds_by(steps)
         complete = clock.rounds_by(steps + 1) - 1
-        texts = [self.overlaps.unused(clock.round, clock.local_steps, steps), schedule.unsynced(complete)]
+        texts = [self.overlaps.unused(clock.round, begun), schedule.unsynced(complete)]
         if self.partial:
             texts.append(never_divided(schedule.warmup_rounds, schedule.finish_from, begun, "blocks"))
         return [text for text in texts if text]

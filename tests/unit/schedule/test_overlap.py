@@ -123,22 +123,22 @@ def test_a_number_is_the_overlap_of_all_rounds_and_leaves_nothing_in_a_checkpoin
     assert [given.of_round(round) for round in (0, 9)] == [3, 3]
     assert learn_all(given, range(4)) == given == given.resumed(learn_all(AUTO, range(4)).state_dict(), 4)
     assert given.state_dict() == ALL_WAIT.state_dict() == {}
-    assert (given.summary(), given.in_words(), given.unused(0, 50, 10)) == (None, "", "")
+    assert (given.summary(), given.in_words(), given.unused(0, 1)) == (None, "", "")
 
 
 @pytest.mark.parametrize(
-    ("overlaps", "round", "steps", "warned"),
+    ("overlaps", "round", "begun", "warned"),
     [
-        (AUTO, 0, 150, True),
-        (AUTO, 0, 151, False),
+        (AUTO, 0, 3, True),
+        (AUTO, 0, 4, False),
         (AUTO, 0, 0, False),
-        (Overlaps(0, 50, 2, measured_from=2), 0, 151, True),
-        (AUTO, 1, 100, True),
-        (AUTO, 1, 101, False),
-        (learn_all(AUTO, range(3)), 3, 10, False),
+        (Overlaps(0, 50, 2, measured_from=2), 0, 4, True),
+        (AUTO, 1, 3, True),
+        (AUTO, 1, 4, False),
+        (learn_all(AUTO, range(3)), 3, 4, False),
     ],
 )
-def test_a_training_that_ends_before_the_choice_is_told(overlaps, round, steps, warned):
-    text = overlaps.unused(round, 50, steps)
+def test_a_training_that_ends_before_the_choice_is_told(overlaps, round, begun, warned):
+    text = overlaps.unused(round, begun)
     assert bool(text) == warned
-    assert not warned or f"this training has {steps}" in text
+    assert not warned or f"and this training has {begun - round}, so" in text

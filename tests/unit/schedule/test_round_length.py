@@ -19,8 +19,14 @@ from resist_lightning.schedule.round_length import LONGEST, in_words
 def test_qsr_is_the_square_of_coefficient_by_rate_rounded_down(base, coefficient, rate):
     exact = Fraction(coefficient, rate) ** 2
     found = QSR(base, float(coefficient)).of_round(0, float(rate))
-    # Next to a whole number the floating-point square may be rounded to the other side.
-    assert found in {max(base, math.floor(exact * (1 + Fraction(slack, 10**12)))) for slack in (-1, 0, 1)}
+    # A billionth below a whole number the floating-point square may be rounded to either side.
+    slacks = [Fraction(1, 10**9) + Fraction(rounding, 10**12) for rounding in (-1, 0, 1)]
+    assert found in {max(base, math.floor(exact * (1 + slack))) for slack in slacks}
+
+
+def test_a_square_that_rounding_puts_below_a_whole_number_is_that_number():
+    """0.3 / 0.1 is 2.9999999999999996, so a rate of 0.1 gave rounds of 8 local steps."""
+    assert [QSR(1, coefficient).of_round(0, 0.1) for coefficient in (0.3, 0.7, 0.2999999)] == [9, 49, 8]
 
 
 def test_qsr_takes_its_base_while_the_rate_warms_up_and_where_it_is_zero():

@@ -38,6 +38,13 @@ def test_without_a_known_end_it_is_refused_with_the_way_out():
         plan_stages([0.5, 1], 0, 3, Clock(3), None, by="growth=[0.5, 1]")
 
 
+@pytest.mark.parametrize("steps", [-1, 7.5, 9.0, True, "9"])
+def test_a_length_of_the_run_that_is_no_whole_number_is_refused(steps):
+    """A plain loop that gave len(loader) * epochs / accumulated, a fraction, got last rounds from a fraction on."""
+    with pytest.raises(ValueError, match=rf"total_steps={steps!r} must be a whole number .* finish_rounds=1 needs"):
+        plan_stages((), 1, 3, Clock(3), steps, by="finish_rounds=1")
+
+
 @pytest.mark.parametrize(
     ("share", "parts", "expected"), [(0.1, 10, 1), (0.3, 10, 3), (0.31, 10, 4), (0.01, 5, 1), (1, 7, 7)]
 )
