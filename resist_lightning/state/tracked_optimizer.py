@@ -33,10 +33,16 @@ class TrackedOptimizer:
 
     def reset_numbers(self) -> None:
         """Reset groups and attributes to the numbers that they had before the first step."""
-        # Not strict: groups may have been added since.
-        for group, first in zip(self.optimizer.param_groups, self._first_groups, strict=False):
-            _put_back(group, first)
+        for number, group in enumerate(self.optimizer.param_groups):
+            added = number >= len(self._first_groups)
+            _put_back(group, self._first_of_added() if added else self._first_groups[number])
         _put_back(vars(self.optimizer), self._first_attributes)
+
+    def _first_of_added(self) -> dict[str, Any]:
+        """The numbers before the first step of a group that was added since: defaults, or those of the first group."""
+        others = self._first_groups[0] if self._first_groups else {}
+        defaults = self.optimizer.defaults
+        return {name: defaults.get(name, others.get(name, _ABSENT)) for name in self.findings.group}
 
     def groups(self) -> dict[int, int]:
         """The group number of each parameter, by the parameter's identity."""
@@ -50,11 +56,13 @@ class TrackedOptimizer:
         found, kind = self.findings.slots, kind_of(parameter)
         if (group, kind) in found:
             return found[group, kind]
-        # The group was added since: its parameters are taken to have the slots of others of their kind.
-        for (_, other), slots in found.items():
-            if other == kind:
-                return slots
-        return {}
+        # The group was added since: its parameters are taken to have the slots of others of their kind, or else those
+        # that all others of their data type have.
+        alike = [slots for (_, other), slots in found.items() if other == kind]
+        if alike:
+            return alike[0]
+        kinds = [slots for (_, (_, dtype)), slots in found.items() if dtype == parameter.dtype]
+        return kinds[0] if kinds and all(slots == kinds[0] for slots in kinds) else {}
 
     def check_shown(self, parameter: nn.Parameter, state: dict[str, Any], slots: dict[str, Slot]) -> None:
         """Check that the state of a present parameter matches the findings of a trial step.
@@ -69,7 +77,7 @@ class TrackedOptimizer:
             shape = getattr(state.get(name), "shape", parameter.shape)
             if slot.shaped and shape != parameter.shape:
                 odd.append(name)
-        if slots and (more or odd):
+        if more or odd:
             raise ValueError(
                 f"{type(self.optimizer).__name__} keeps {(more + odd)[0]!r} of a parameter of shape "
                 f"{tuple(parameter.shape)}, as it did not of a small one in a trial step, so its state cannot be sent; "

@@ -43,6 +43,36 @@ def test_reset_begins_anew_all_that_steps_have_changed_but_the_schedule():
     assert (optimizer.calls, optimizer.mode, len(optimizer.state)) == (0, "train", 0)
 
 
+def test_a_group_that_is_added_in_the_training_restarts_with_the_others():
+    """Its numbers went on: a schedule-free average weighted the steps of the new state as if they were late ones."""
+    module = small_preact()
+    optimizer = Own(module.head.parameters())
+    states = OptimizerStates([optimizer])
+    optimizer.train()
+    optimizer.add_param_group({"params": of_block(module)})
+    stepped(module, optimizer)
+    assert optimizer.param_groups[1]["count"] == 1
+    states.reset()
+    group = optimizer.param_groups[1]
+    assert (group["count"], group["d"], "late" in group) == (0, 1.0, False)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_state_of_a_group_that_is_added_in_the_training_travels_or_is_refused(momentum):
+    """Parameters with another number of dimensions than the first ones lost their momentum in silence."""
+    module = small_preact()
+    optimizer = torch.optim.SGD([module.head.bias], lr=0.1, momentum=momentum)
+    states = OptimizerStates([optimizer])
+    weight = of_block(module)[2]
+    optimizer.add_param_group({"params": [weight], "momentum": 0.9})
+    stepped(module, optimizer)
+    if momentum:
+        assert states.tensors([weight]) == [optimizer.state[weight]["momentum_buffer"]]
+        return
+    with pytest.raises(ValueError, match=r"keeps 'momentum_buffer' of a parameter .*momentum='reset'"):
+        states.tensors([weight])
+
+
 def test_what_an_optimizer_has_goes_into_a_file_and_comes_back_to_the_bit(tmp_path):
     module = small_preact()
     optimizer, other = Own(module.parameters()), Own(module.parameters())
