@@ -118,7 +118,7 @@ class CompressedMean:
         kept: Collection[int],
     ) -> None:
         """Average the tensors of one message."""
-        if not tensors:
+        if not any(tensor.numel() for tensor in tensors):
             return
         values = [value.detach() for value in values]
         before = [self._before[id(tensor)].reshape(-1) for tensor in tensors]

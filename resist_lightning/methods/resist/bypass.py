@@ -19,8 +19,13 @@ from resist_lightning.state.compiled import is_exporting
 def first_argument(module: nn.Module) -> str:
     """Name of the first argument of a module's forward, which is its input; empty for ``*args``."""
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    first = next(iter(inspect.signature(module.forward).parameters.values()), None)
+    first = next(iter(signature(module).parameters.values()), None)
     return first.name if first is not None and first.kind in named else ""
+
+
+def signature(module: nn.Module) -> inspect.Signature:
+    """The signature of a module's forward; of the wrapped one's where torch.compile wraps it, and takes anything."""
+    return inspect.signature(getattr(module, "_orig_mod", module).forward)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class OutputForm:
 
     Args:
         structure: structure of the output.
-        arguments: for each value after the first, its path among the arguments; None if it is a constant.
+        arguments: for each value after the first, its path among the arguments by name; None if it is a constant.
         constants: for each value after the first, the constant; None if it is an argument.
     """
 
@@ -40,9 +45,8 @@ class OutputForm:
     arguments: tuple[str | None, ...]
     constants: tuple[Any, ...]
 
-    def make(self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The output for an input; a value whose argument is not passed is None."""
-        given = _by_path(args, kwargs)
+    def make(self, x: Tensor, given: Mapping[str, Any]) -> Any:
+        """The output for an input and the arguments of :func:`by_path`; None for a value that is not among them."""
         values = [
             constant if path is None else given.get(path)
             for path, constant in zip(self.arguments, self.constants, strict=True)
@@ -50,19 +54,18 @@ class OutputForm:
         return tree_unflatten([x, *values], self.structure)
 
 
-def output_form(outputs: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> OutputForm | None:
+def output_form(outputs: Sequence[Any], given: Mapping[str, Any]) -> OutputForm | None:
     """The form of a block's output; None if a value of it is computed by the block.
 
     Args:
         outputs: outputs of two calls with different inputs and the same other arguments; not a tensor alone.
-        args: the arguments of the first call by position.
-        kwargs: the arguments of the first call by name.
+        given: the arguments of the first call, from :func:`by_path`.
     """
     leaves, structure = tree_flatten(outputs[0])
     others = tree_flatten(outputs[1])[0]
     if len(others) != len(leaves) or not leaves or not isinstance(leaves[0], Tensor):
         return None
-    paths = {id(value): path for path, value in _by_path(args, kwargs).items() if isinstance(value, Tensor)}
+    paths = {id(value): path for path, value in given.items() if isinstance(value, Tensor)}
     arguments: list[str | None] = []
     constants: list[Any] = []
     for value, other in zip(leaves[1:], others[1:], strict=True):
@@ -74,9 +77,10 @@ def output_form(outputs: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str
     return OutputForm(structure, tuple(arguments), tuple(constants))
 
 
-def _by_path(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All values in the arguments by their paths."""
-    return {keystr(path): value for path, value in tree_flatten_with_path((tuple(args), dict(kwargs)))[0]}
+def by_path(of: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All values in the arguments of a forward by their paths, whether they are passed by position or by name."""
+    by_name = dict(of.bind(*args, **kwargs).arguments)
+    return {keystr(path): value for path, value in tree_flatten_with_path(by_name)[0]}
 
 
 def _equal(value: Any, other: Any) -> bool:
@@ -104,6 +108,7 @@ class Bypass:
         self._seen = seen
         self._name = name
         self._argument = first_argument(module)
+        self._signature = signature(module)
         self._copies: list[Tensor] = []  # those returned until `written` is known
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +127,7 @@ class Bypass:
             )
         x = self._safe(input_of(self._name, self._argument, args, kwargs))
         form: OutputForm | None = self._seen.output
-        return x if form is None else form.make(x, args, kwargs)
+        return x if form is None else form.make(x, by_path(self._signature, args, kwargs))
 
     def _safe(self, x: Tensor) -> Tensor:
         """The input, or a copy where the network may write into it."""

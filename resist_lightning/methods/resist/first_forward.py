@@ -19,7 +19,15 @@ from torch.utils.hooks import RemovableHandle
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.residual import Block, BranchEnd
 from resist_lightning.methods.resist.branches import find_branch_ends
-from resist_lightning.methods.resist.bypass import Bypass, first_argument, input_of, output_form, refuse_compiled
+from resist_lightning.methods.resist.bypass import (
+    Bypass,
+    by_path,
+    first_argument,
+    input_of,
+    output_form,
+    refuse_compiled,
+    signature,
+)
 from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.runs import NotSeenError
 from resist_lightning.methods.resist.trial import copied, is_norm, trial, two_samples, zero_weights
@@ -66,6 +74,7 @@ class _Look:
         self._block = block
         self._known = known
         self._argument = first_argument(module)
+        self._signature = signature(module)
         self._body = getattr(module, "_orig_mod", module)  # the module that torch.compile wraps
         self._prefix = "" if self._body is module else "_orig_mod."
         self._forward: Callable[..., Any] = self._body.forward
@@ -180,7 +189,7 @@ class _Look:
                 outputs = [self._forward(*others, **named) for others, named in arguments]
                 norms = _norms_among_others(self._body)
                 if not isinstance(outputs[0], Tensor):
-                    self._block.seen.output = output_form(outputs, *arguments[0])
+                    self._block.seen.output = output_form(outputs, by_path(self._signature, *arguments[0]))
                 tensors = [self._tensor_in(output) for output in outputs]
                 residual = all(isinstance(value, Tensor) for value in tensors) and _is_residual(inputs, tensors, norms)
         except Exception:  # noqa: BLE001 - the user's code, given unexpected arguments

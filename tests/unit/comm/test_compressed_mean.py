@@ -52,6 +52,20 @@ def add(tensors, change):
         first += tensor.numel()
 
 
+def without_entries(collective):
+    tensor = torch.empty(0, 3)
+    mean = CompressedMean(collective, make_quantizer("int2"))
+    mean.begin([tensor])
+    mean.average([tensor], "shared")
+    return collective.sent_bytes
+
+
+def test_a_message_of_empty_tensors_is_not_sent():
+    """A network whose only shared matrix is empty ended with an error of `zip`."""
+    results, _ = run_threads(without_entries, 2)
+    assert [sum(sent.values()) for sent in results] == [0, 0]
+
+
 def averaged(collective, name, left_out):
     tensors = start()
     mean = CompressedMean(collective, make_quantizer(name))

@@ -44,6 +44,31 @@ def test_an_absent_block_gives_back_its_input_however_it_is_called(call):
         call(block.module, torch.ones(2, dtype=torch.long), None)
 
 
+class Passes(Odd):
+    """Returns its mask too, as T5 does its position bias."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return super().forward(x), mask
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_absent_block_passes_an_argument_on_by_whatever_way_it_came_at_first(compiled: bool) -> None:
+    """One that came by position at first, and then by name, was lost: the next layer got None for its mask."""
+    module = torch.compile(Passes(), backend="eager") if compiled else Passes()
+    block = block_at("layer.0", module)
+    FirstForward([block])
+    subnet = SubnetBlock(block)
+    subnet.free()
+    x, mask = torch.randn(2, TOKENS, WIDTH), torch.ones(1)
+    for output, passed in (module(x, mask), module(x, mask=mask), module(mask=mask, x=x)):
+        assert torch.equal(output, x)
+        assert passed is mask
+    assert module(x)[1] is None
+
+
 def test_what_the_network_writes_into_is_a_copy_and_what_one_step_has_told_is_kept() -> None:
     blocks = [block_at(f"blocks.{index}", Odd("")) for index in range(3)]
     subnet = Subnet(blocks)
