@@ -29,6 +29,7 @@ _CALL_SECONDS = 2.0  # timeout of each call to the store
 _GRACE_SECONDS = 5.0  # in which the main thread should raise, after its connections were cut
 _NAMED = 16  # missing workers that are named
 _EXIT_CODE = 75
+_FOLDER = "resist_lightning/start"  # in the store
 
 
 class StartWatch:
@@ -59,7 +60,9 @@ class StartWatch:
 
     def __enter__(self) -> StartWatch:
         self._before = open_sockets()
-        self._prefix = f"resist_lightning/start/{next_group(*self._where)}"
+        attempt, _, number = next_group(*self._where).rpartition("/")
+        # The group before it: a process that was in it and has ended since will never come.
+        self._prefix, self._earlier = (f"{_FOLDER}/{attempt}/{each}" for each in (int(number), int(number) - 1))
         if self._workers > 1:
             self._thread.start()
         return self
@@ -114,15 +117,28 @@ class StartWatch:
         if self._store.check([told]):
             return self._store.get(told).decode(errors="replace")[:500]
         for step in range(1, min(NEIGHBOURS, self._workers - 1) + 1):
-            place = self._place((self._own.worker + step) % self._workers)
-            if not self._store.check([place]):
-                continue
-            other = parse(Process, self._store.get(place).decode(errors="replace"))
+            rank = (self._own.worker + step) % self._workers
+            other = self._introduced(self._prefix, rank)
+            how = " while the workers were starting; its own output says why."
+            if other is None:
+                other = self._introduced(self._earlier, rank)
+                how = (
+                    ", and cannot take part in what this process begins now. Call fit, validate, test, predict, "
+                    "save_checkpoint and the strategy's messages on all workers, not on worker 0 alone."
+                )
             if other is not None and other.home == self._own.home and not is_alive(other.pid):
-                found = f"{other.name} has ended while the workers were starting; its own output says why."
+                found = f"{other.name} has ended{how}"
                 self._store.set(told, found)
                 return found
         return ""
+
+    def _introduced(self, prefix: str, rank: int) -> Process | None:
+        """The process that has introduced itself with this rank; None if none has."""
+        assert self._store is not None
+        place = f"{prefix}/{rank}"
+        if not self._store.check([place]):
+            return None
+        return parse(Process, self._store.get(place).decode(errors="replace"))
 
     def _tell_who_is_missing(self) -> None:
         if self._own.worker == 0 and not self._named and time.monotonic() - self._began > SLOW_SECONDS:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
@@ -37,6 +38,8 @@ class ProcessGroup:
         self.members = 1
         self._options = options
         self._owned = False
+        self._left = False  # whether a group of its own was left in good order
+        self._how: tuple[ClusterEnvironment, str, torch.device] | None = None  # how the newest one was made
 
     def join(self, environment: ClusterEnvironment, backend: str, device: torch.device) -> None:
         """Join the group, unless the user's program has done so.
@@ -44,14 +47,15 @@ class ProcessGroup:
         Lightning's own way would let the next group of a process use the last one's names in the store.
         """
         destroy_abandoned_group()  # of a fit that ended with an error, in this process
-        self._owned = not group_exists()
+        self._owned, self._left = not group_exists(), False
         if backend in NCCL:
             rank_zero_info(
                 "The workers communicate over NCCL, with which this package is not tested on GPUs yet: please report "
                 "problems. process_group_backend='gloo' sends the same numbers through the hosts' memory."
             )
         if self._owned:
-            self._make(environment, backend, device)
+            self._how = environment, backend, device
+            self._make(*self._how)
 
     def _make(self, environment: ClusterEnvironment, backend: str, device: torch.device) -> None:
         own = this_process(environment.global_rank())
@@ -102,3 +106,26 @@ class ProcessGroup:
             abort_nccl()
         if leaving:
             destroy_group()  # without this, gloo aborted 5 of 30 processes at exit
+            self._left = True
+
+    @contextmanager
+    def rejoined(self, barrier: Callable[[], None]) -> Iterator[None]:
+        """Inside, the group that was left at the end of a run exists again; does nothing where there is one.
+
+        Collective after a run: every process must enter this, in the same order.
+
+        Args:
+            barrier: of torch.distributed. Collective.
+        """
+        if not self._left or self._how is None or group_exists():
+            yield
+            return
+        self._make(*self._how)
+        try:
+            yield
+            barrier()  # who closes connections early takes from the others what they have not read
+        except BaseException:
+            abort_nccl()
+            raise
+        finally:
+            destroy_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 import torch.distributed as dist
 
 from resist_lightning import QSR, Config
@@ -75,11 +77,15 @@ EXPECTED_LEFT = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD
 
 
 class Watcher(L.Callback):
-    """Notes the worker's blocks in each batch, and checks that nothing is left of the others."""
+    """Notes the worker's blocks in each batch, and checks that nothing is left of the others; sends after the run."""
 
     def __init__(self) -> None:
         self.held: list[list[int]] = []
         self.left: list[str] = []
+        self.received: list[Any] = []
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.received.append(messages(trainer, module))
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         present = {}
@@ -92,6 +98,24 @@ class Watcher(L.Callback):
             if not parameter.is_meta and parameter.grad is None:
                 self.left.append(f"{name} has no gradient")
         self.held.append(sorted(block for block, here in present.items() if here))
+
+
+def messages(trainer: L.Trainer, module: L.LightningModule) -> list[Any]:
+    """What a worker receives after its run, when it has left the group."""
+    own, strategy = torch.tensor(float(trainer.global_rank)), trainer.strategy
+    gathered: Any = module.all_gather(own)
+    return [strategy.reduce(own).item(), strategy.broadcast(trainer.global_rank), gathered.tolist()]
+
+
+def meet_late(trainer: L.Trainer) -> float:
+    """The time before a barrier in worker 0, which comes late, and behind it in the others."""
+    if trainer.global_rank == 0:
+        time.sleep(0.1)
+        before = time.monotonic()
+        trainer.strategy.barrier()
+        return before
+    trainer.strategy.barrier()
+    return time.monotonic()
 
 
 def by_trainer(worker: int, case: Case) -> dict[str, Any]:
@@ -109,6 +133,8 @@ def by_trainer(worker: int, case: Case) -> dict[str, Any]:
         "same objects": identities == [id(parameter) for parameter in module.parameters()],
         "group left": dist.is_initialized(),
         "variables": changed - EXPECTED_LEFT,
+        "received": [*watcher.received, messages(trainer, module)],
+        "met": meet_late(trainer),
         "steps": trainer.global_step,
         "patched": [key for key in ("_broadcast_sigterm_tensor",) if key in vars(trainer.fit_loop.epoch_loop)]
         + [key for key in ("run",) if key in vars(trainer.fit_loop.epoch_loop.val_loop)],
@@ -153,6 +179,10 @@ def test_the_trainer_trains_what_the_plain_loop_trains(name: str) -> None:
         assert not result["group left"]
         assert [result["traces"], result["variables"], result["patched"]] == [[], set(), []]
         assert result["left of absent blocks"] == []
+        # Up to version 0.1 every worker received what it had sent itself, in silence.
+        ranks = [float(rank) for rank in range(case.workers)]
+        assert result["received"] == 2 * [[sum(ranks) / case.workers, 0, ranks]]
+        assert result["met"] >= results[0]["met"]
 
 
 # Options of the Trainer that make a training short.

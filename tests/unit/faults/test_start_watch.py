@@ -48,19 +48,27 @@ def wait_for_ever(server: dist.TCPStore) -> None:
     connect_to_store("127.0.0.1", server.port, LONG).get("what nobody writes")
 
 
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (PLACE, "has ended while the workers were starting"),
+        # The group before: worker 0 alone calls `test`, or saves, behind a training.
+        ("resist_lightning/start/0/0", "has ended, and cannot take part in what this process begins now"),
+    ],
+)
 def test_a_worker_that_ends_is_named_and_those_that_wait_for_it_raise(
-    server: dist.TCPStore, other: tuple[subprocess.Popen[bytes], Process]
+    server: dist.TCPStore, other: tuple[subprocess.Popen[bytes], Process], place: str, text: str
 ) -> None:
     # The others waited until the timeout of the group, ten minutes.
     child, process = other
-    server.set(f"{PLACE}/0", to_line(process))
+    server.set(f"{place}/0", to_line(process))
     watch = watch_of(server)
     began = time.monotonic()
     threading.Timer(0.3, child.kill).start()
     with pytest.raises(RuntimeError), watch:
         wait_for_ever(server)
     assert time.monotonic() - began > 0.3
-    assert watch.lost.startswith(f"worker 0 (host {process.host}, pid {child.pid}) has ended while the workers were")
+    assert watch.lost.startswith(f"worker 0 (host {process.host}, pid {child.pid}) {text}")
     assert time.monotonic() - began < LONG.total_seconds() / 2
     assert not watch._thread.is_alive()
     # Workers on other hosts cannot see the process.
