@@ -80,6 +80,10 @@ class OuterOptimizer:
                 velocity[key] = self._velocity[key]
         self._start, self._velocity = start, velocity
 
+    def stepping(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The tensors that take the next :meth:`step`: those that trained when the round began, frozen since or not."""
+        return [tensor for tensor in tensors if id(tensor) in self._start]
+
     def step(self, tensors: Iterable[Tensor], means: Iterable[Tensor] | None = None) -> None:
         """Take a step with the tensors that :meth:`begin_round` noted. Sends nothing.
 

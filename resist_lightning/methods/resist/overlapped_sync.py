@@ -34,7 +34,6 @@ from resist_lightning.methods.resist.sync import BlockSync
 from resist_lightning.methods.resist.transit import Transit
 from resist_lightning.schedule.transfers import SyncPlan
 from resist_lightning.state.optimizer_state import OptimizerStates
-from resist_lightning.state.outer import has_outer_step
 
 _LEAVING_SECONDS = 10.0  # in which a sync under way ends by itself, unless a worker is lost
 
@@ -257,7 +256,7 @@ class OverlappedSync(BlockSync):
 
     def _stepping(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The tensors that take steps of the outer optimizer."""
-        return list(filter(has_outer_step, tensors)) if self._outer is not None else []
+        return self._outer.stepping(tensors) if self._outer is not None else []
 
     def _tensors_of(self, blocks: Iterable[int]) -> list[Tensor]:
         return [tensor for block in blocks for tensor in self._layout.blocks[block].tensors().values()]

@@ -35,6 +35,8 @@ class SimulatedOuter:
         earlier = {name: start for name, start in self._start.items() if name not in agreed}  # in other fragments
         training = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         self._start = earlier | {name: agreed[name] for name in training & agreed.keys()}
+        for frozen in agreed.keys() - training:
+            self._velocities.pop(frozen, None)
 
     def step(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means after an outer step, by name: each must be given once in a round."""

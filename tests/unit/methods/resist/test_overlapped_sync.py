@@ -62,6 +62,27 @@ def test_workers_train_what_the_simulator_trains(workers: int, options: dict[str
     assert_threads_train_what_the_simulator_trains(run_of(options), workers, overlap=0)
 
 
+class Freezing(Normed):
+    """Freezes layers behind three steps, before the sync of their round begins, and trains them again four later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            for layer in (self.head, self.body[2]):
+                layer.requires_grad_(not 3 <= self.steps < 7)
+            self.steps += 1
+        return super().forward(images)
+
+
+def test_layers_that_are_frozen_before_a_sync_begins_take_the_outer_step_of_their_round() -> None:
+    """They just became the mean, and where syncs are waited for they took the step."""
+    run = replace(run_of({"min_blocks": 3, "momentum": "keep", **OUTER}, steps=13), net=Freezing)
+    assert_threads_train_what_the_simulator_trains(run, 2, overlap=0)
+
+
 STATE_IN_TRANSIT = {"blocks_per_worker": (4, 2, 1), "momentum": "keep", "wire": "int8", "warmup_rounds": 1, **OUTER}
 ROUND = 4
 
