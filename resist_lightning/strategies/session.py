@@ -37,7 +37,7 @@ from resist_lightning.strategies.saving.data_position import Position
 from resist_lightning.strategies.saving.restarts import check_other_workers
 from resist_lightning.strategies.saving.resumer import Resumer
 from resist_lightning.strategies.saving.trainer_state import TrainerState
-from resist_lightning.strategies.summary import sent_in_words
+from resist_lightning.strategies.summary import division_in_words, sent_in_words
 from resist_lightning.strategies.validation import order_validation
 
 
@@ -107,9 +107,8 @@ class FitSession:
         engine.replicas.find_unused_parameters = strategy.options.find_unused_parameters
         engine.steps.on_step = self.count_step  # for steps that Lightning does not see
         self._averages.follow(engine)
-        members = engine.collective.members
-        split = f" A worker has {members} processes, which split its batches." if members > 1 else ""
-        rank_zero_info(f"{type(strategy).__name__}: {engine.layout.describe()}{split}")
+        division = division_in_words(engine.layout, engine.collective.members)
+        rank_zero_info(f"{type(strategy).__name__}: {division}")
         check_built(engine, trainer, self.patches)
         return engine
 
