@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from resist_lightning.errors import BlockSelectionError
@@ -125,8 +125,9 @@ def _forward(layout: BlockLayout, example: Any) -> overview.Flops:
     except Exception as error:
         said = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{type(module).__name__} does not take the example ({_describe(example)}): its forward raised "
-            f"{type(error).__name__}: {said}. Give an input of the shape and type that it takes."
+            f"{type(module).__name__} does not take an example of {_describe(example)}: its forward raised "
+            f"{type(error).__name__}: {said}. Give an input of the shape and type that it takes, "
+            "with the batch as its first dimension."
         ) from error
     finally:
         look.remove()
@@ -151,8 +152,9 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _describe(example: Any) -> str:
-    shapes = tree_map(lambda value: "x".join(map(str, value.shape)) if isinstance(value, Tensor) else "?", example)
-    return str(shapes)
+    return ", ".join(
+        "x".join(map(str, each.shape)) if isinstance(each, Tensor) else "?" for each in tree_leaves(example)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -208,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
 def _build(factory: str, arguments: Sequence[str]) -> nn.Module:
     """Make the network that a command line names."""
     path, _, name = factory.partition(":")
-    if not all(map(str.isidentifier, path.split("."))) or not name:
+    if not all(map(str.isidentifier, path.split("."))) or path.endswith(".py") or not name:
         raise ValueError(
             f"{factory!r} must be package.module:name, such as torchvision.models:resnet50, or net:make for net.py in "
             "the current folder."
