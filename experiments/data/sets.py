@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from experiments.data.arrays import Images, holdout
 from experiments.data.module import ImageData, Loading, check_least
+from experiments.harness.settings import ConfigError
 
 DIGITS_TEST_SEED = 0
 DIGITS_TEST_SHARE = 360 / 1797
@@ -59,9 +60,20 @@ class CIFAR10(ImageData):
         self.folder = Path(folder)
 
     def prepare_data(self) -> None:
-        """Download; Lightning calls it in one process per host."""
+        """Download; Lightning calls it in one process per host.
+
+        Raises:
+            ConfigError: the files are not there and cannot be downloaded, as on a host without internet.
+        """
+        name = self.source.__name__
         for train in (True, False):
-            self.source(str(self.folder), train=train, download=True)
+            try:
+                self.source(str(self.folder), train=train, download=True)
+            except (OSError, RuntimeError) as error:
+                raise ConfigError(
+                    f"data: {name} is not in folder={str(self.folder)!r} and cannot be downloaded ({error}); put "
+                    f"{self.source.url} there, unpacked or not, or give the folder that has it, data.folder=FOLDER"
+                ) from error
 
     def read(self, *, train: bool) -> Images:
         data = self.source(str(self.folder), train=train)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from torch.utils.data import DistributedSampler
 
 from experiments.data import CIFAR10, CIFAR100, Digits, Fake
 from experiments.data.module import ImageData
+from experiments.harness.settings import ConfigError
 from resist_lightning import ResISTStrategy
 from resist_lightning.strategies import base
 
@@ -121,6 +125,19 @@ def test_cifar_turns_torchvisions_arrays_into_channels_first(
     assert images.pixels.shape == (20, 3, 4, 5)
     assert images.pixels[7, 2, 1, 3] == source("").data[7, 1, 3, 2]
     assert data.num_classes == classes
+
+
+@pytest.mark.parametrize("module", [CIFAR10, CIFAR100])
+def test_a_host_without_internet_is_told_where_to_put_the_files(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_internet(*_: Any, **__: Any) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_internet)
+    archive = f"{module.source.__name__} is not in folder='{tmp_path}' .* put {re.escape(module.source.url)} there"
+    with pytest.raises(ConfigError, match=archive):
+        module(str(tmp_path)).prepare_data()
 
 
 POLICIES = {"shard": 1.0, "copy": 2.0}
