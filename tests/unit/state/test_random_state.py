@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from resist_lightning.checkpoint.files import read_file, write_file
-from resist_lightning.state.random_state import random_numbers_apart, random_state, seed_generators, set_random_state
+from resist_lightning.state.random_state import (
+    RandomStream,
+    random_numbers_apart,
+    random_state,
+    seed_generators,
+    set_random_state,
+)
 
 
 def draw() -> tuple[float, float, float, float]:
@@ -35,6 +41,30 @@ def test_what_is_drawn_apart_moves_no_generator() -> None:
         _ = (seed_generators(5), draw(), 1 / 0)
 
     assert draw() == expected
+
+
+def test_a_stream_goes_on_where_it_was_left_and_moves_no_generator(tmp_path: Path) -> None:
+    def from_stream(stream: RandomStream) -> tuple[float, ...]:
+        with stream.drawn():
+            return draw()
+
+    seed_generators(5)
+    expected = draw()
+    seed_generators(5)
+    stream, other = RandomStream("stage 0"), RandomStream("stage 1")
+    assert stream.state_dict() == {}
+    found = [from_stream(stream), from_stream(other), from_stream(stream)]
+    assert draw() == expected
+    # Each number once: neither from the generators, nor in both streams, nor twice in one.
+    assert len({number for numbers in (*found, expected) for number in np.ravel(numbers)}) == 16
+
+    write_file(stream.state_dict(), tmp_path / "state")
+    resumed = RandomStream("stage 0")
+    resumed.load_state_dict(read_file(tmp_path / "state"))
+    assert from_stream(resumed) == from_stream(stream)
+
+    seed_generators(5)
+    assert from_stream(RandomStream("stage 0")) == found[0]
 
 
 def test_a_seed_of_64_bits_starts_every_generator() -> None:

@@ -25,7 +25,8 @@ WAYS_OUT = (
     "DataLoader, use_distributed_sampler=True in the Trainer), or give all workers the same order (no shard of the "
     "data per rank, and no generator that is seeded by the rank). Draw random numbers from the global generators of "
     "torch, NumPy or Python inside the data set or the collate function, where they are the same on all workers; not "
-    "from a generator of its own, and not in training_step or a batch-transfer hook."
+    "from a generator of its own. In training_step and batch-transfer hooks they are the same only if all processes "
+    "have one seed (seed_everything)."
 )
 
 

@@ -43,6 +43,21 @@ class Shapes:
     output: tuple[int, ...]
     dtype: torch.dtype
 
+    def check_input(self, x: Tensor) -> None:
+        """Raise a ValueError unless a batch has the shape that the network was cut for, and needs no gradient."""
+        given, expected = tuple(x.shape[1:]), self.input.shape
+        if given != expected:
+            raise ValueError(
+                f"the network is given {given} but was cut for inputs of {expected}: tensors at the boundaries would "
+                "have another shape. Bring inputs to one size before training_step (in the data set, or in "
+                "on_after_batch_transfer), and name with `input` the part of a batch that the network takes."
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "the network's input requires a gradient, so something before the network is trained, and the gradient "
+                "of a guess would not reach it. Make it a part of the network, or detach the input."
+            )
+
 
 class Expected:
     """A message whose receive was posted, and which may not have arrived yet."""

@@ -18,11 +18,12 @@ from resist_lightning.methods.auxnet.step.agreement import check_equal
 from resist_lightning.methods.auxnet.step.backward import Batch, LateGradients, NotedBackward, ReplacedGradient
 from resist_lightning.methods.auxnet.step.delayed import make_delayed
 from resist_lightning.methods.auxnet.step.equations import Penalty
-from resist_lightning.methods.auxnet.step.guesses import make_guesses
+from resist_lightning.methods.auxnet.step.guesses import Guesses, make_guesses
 from resist_lightning.methods.auxnet.step.messages import Messages, Shapes
 from resist_lightning.methods.auxnet.step.rate_share import RateShare
 from resist_lightning.methods.auxnet.step.spans import Spans
 from resist_lightning.methods.auxnet.step.store import Samples, SeenSamples
+from resist_lightning.state.random_state import RandomStream
 
 CHECKED_STEPS = 3
 """First steps of a run in which the workers compare their batches."""
@@ -82,6 +83,8 @@ class StageWorker:
         self._called = False
         self._seen = SeenSamples()
         self._checks = CHECKED_STEPS
+        # Stages draw unequal numbers (dropout), and what training_step draws must stay equal on all workers.
+        self._random = RandomStream(f"stage {collective.worker}")
         # With this anchor, the output requires a gradient even if the stage itself is frozen.
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
@@ -106,7 +109,8 @@ class StageWorker:
         stage_input = self._stage_input(batch)
         if not self._first:
             self.spans.begin("forward")
-        made = self._pass_forward(stage_input, batch).to(self._shapes.dtype)
+        with self._random.drawn():
+            made = self._pass_forward(stage_input, batch).to(self._shapes.dtype)
         if self._last:
             self._messages.send_output(made)
             self.spans.begin("loss")
@@ -159,7 +163,9 @@ class StageWorker:
             batch.truth.take()
         self._messages.settle()
         if batch.trained:
-            self._correct_guess(batch)
+            if self.guesses is not None:
+                with self._random.drawn():
+                    self._correct_guess(batch, self.guesses)
             if self._config.stored:
                 self._seen.add(batch.x)
         self.spans.end_step(counts=not batch.serial)
@@ -180,6 +186,7 @@ class StageWorker:
             "steps": self.steps,
             **self._rate_share.state_dict(),
             **self._seen.state_dict(),
+            "random": self._random.state_dict(),
             "guesses": self.guesses.state_dict() if self.guesses is not None else {},
             "delayed": self.delayed.state_dict() if self.delayed is not None else {},
         }
@@ -189,6 +196,7 @@ class StageWorker:
         self.steps = state["steps"]
         self._rate_share.load_state_dict(state)
         self._seen.load_state_dict(state)
+        self._random.load_state_dict(state.get("random", {}))
         if self.guesses is not None:
             self.guesses.load_state_dict(state["guesses"])
         if self.delayed is not None:
@@ -228,7 +236,8 @@ class StageWorker:
             given.register_post_accumulate_grad_hook(self._send_gradient_of)
         else:
             assert self.guesses is not None
-            guess, batch.multiplier = self.guesses.guess(batch.x, batch.share)
+            with self._random.drawn():
+                guess, batch.multiplier = self.guesses.guess(batch.x, batch.share)
             target = guess if batch.multiplier is None else guess + batch.multiplier
             self._messages.send_target(target)
             given = guess.requires_grad_()
@@ -266,9 +275,7 @@ class StageWorker:
         penalty = Penalty.of(self._config, self._collective.workers, batch.share)
         return penalty.gradient(made, reply) / (batch.size * self.accumulate)
 
-    def _correct_guess(self, batch: Batch) -> None:
-        if self.guesses is None:
-            return
+    def _correct_guess(self, batch: Batch, guesses: Guesses) -> None:
         assert batch.given is not None
         assert batch.truth is not None
         self.spans.begin("aux backward")
@@ -277,24 +284,14 @@ class StageWorker:
         gradient = batch.given.grad if batch.given.grad is not None else torch.zeros_like(given)
         of_sample = gradient * (batch.size * self.accumulate)
         if batch.serial:
-            self.guesses.begin_at(batch.x, truth, of_sample, batch.share)
+            guesses.begin_at(batch.x, truth, of_sample, batch.share)
         else:
             guess = given, batch.multiplier
-            self.guesses.correct(batch.x, guess, truth, of_sample, share=batch.share, step=self.steps + 1)
+            guesses.correct(batch.x, guess, truth, of_sample, share=batch.share, step=self.steps + 1)
 
     def _check(self, x: Tensor) -> None:
         self._stage.attributes.check()
-        given, expected = tuple(x.shape[1:]), self._shapes.input.shape
-        if given != expected:
-            raise ValueError(
-                f"the network is given {given} but was cut for inputs of {expected}: tensors at the boundaries would "
-                "have another shape. Bring inputs to one size, and name with `input` the part of a batch that it takes."
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "the network's input requires a gradient, so something before the network is trained, and the gradient "
-                "of a guess would not reach it. Make it a part of the network, or detach the input."
-            )
+        self._shapes.check_input(x)
         if self._checks:
             self._checks -= 1
             check_equal(self._collective, {"the network's input": x}, f"step {self.steps}")
