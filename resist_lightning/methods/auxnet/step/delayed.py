@@ -28,6 +28,13 @@ from resist_lightning.methods.auxnet.step.messages import Expected, Messages
 from resist_lightning.methods.auxnet.step.spans import Spans
 
 Gradients: TypeAlias = dict[str, Tensor]
+_CHANGED = (
+    "the weights of this stage have changed since the last call of the network, and no step was counted in between: by "
+    "sharpness-aware training (SAM), by several steps of the optimizer in one training_step, or by a hook. Late "
+    "gradients would be of other weights than the step expects. Take one step for each call (accumulate_grad_batches "
+    "adds gradients up), or give the strategy delay=0 or method='penalty', under which all of this works."
+)
+
 """Gradients by name of the parameter in the network; parameters without a gradient are left out."""
 
 
@@ -109,8 +116,15 @@ class DelayedStage:
             accumulate: number of batches in a step.
             warmup: whether this step takes the gradient of this batch.
         """
+
+        Raises:
+            RuntimeError: if the weights have changed within a step, and gradients are late.
         self._wait = 0 if warmup else self._delay
         if not self._ahead:
+        if self._ahead and self._changed_within_step():
+            if self._delay:
+                raise RuntimeError(_CHANGED)
+            self._ahead = {}
             self._ahead = self._look_ahead(self._wait / accumulate)
         made: Tensor = self._weights.use(self._ahead, lambda: self._stage(given))
         self._late.append(Pending(given, made, self._ahead, reply))
@@ -168,6 +182,16 @@ class DelayedStage:
         self._ahead = {name: weight.requires_grad_() for name, weight in ahead.items()}
 
     def _look_ahead(self, steps: float) -> dict[str, Tensor]:
+    def _changed_within_step(self) -> bool:
+        """Whether weights are not those of the copies that this step has made."""
+        changes = []
+        for name, weight in self._weights.trained().items():
+            if name in self._before:
+                change = (weight.detach() - self._before[name]).abs().sum()
+                changes.append(change > 0)  # not where it is NaN, which a handshake tells
+        # All at once, to wait for a GPU once only.
+        return bool(changes) and bool(torch.stack(changes).any())
+
         """Copies of the trained weights, ``steps`` ahead."""
         ahead: dict[str, Tensor] = {}
         now = self._weights.trained()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,6 +243,53 @@ def test_what_is_held_beside_the_stage_is_weights_before_and_gradients_that_wait
     found, _ = run_threads(by_stages, 3, training)
     sizes = [sum(p.nbytes for p in stage.parameters()) for stage in make_chain(training.net(), training.config, 3)]
     assert [held for _, _, held in found] == [3 * sizes[0], 2 * sizes[1], 0]
+
+
+def gradients_at_moved_weights(
+    network: Callable[[Tensor], Tensor], parameters: dict[str, nn.Parameter], training: Training
+) -> dict[str, Tensor | None]:
+    """As of sharpness-aware training: gradients at weights that the same batch's first gradients have moved."""
+    x, y = training.batch(0)
+    training.loss(network(x), y).backward()
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(parameter.grad)
+            parameter.grad = None
+    training.loss(network(x), y).backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+def moved(collective: ThreadCollective, training: Training) -> Any:
+    """A stage's gradients at moved weights, or the error; where that one is expected, others stop before it."""
+    staged = make_staged(collective, training.net(), training.config, training.batch(0)[0])
+    names = staged.layout.stage_tensors(collective.worker)
+    parameters = {name: p for name, p in staged.net.named_parameters() if name in names}
+    staged.worker._checks = 0  # no messages but those of a batch
+    if training.delay and staged.worker.delayed is None:
+        x, y = training.batch(0)
+        return training.loss(staged.worker(x), y).backward()
+    try:
+        return gradients_at_moved_weights(staged.worker, parameters, training)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_weights_that_change_within_a_step_are_used() -> None:
+    """Stages before the last took both gradients at the weights from the beginning of the step."""
+    training = Training(3, delay=0)
+    net = training.net()
+    expected = gradients_at_moved_weights(net, dict(net.named_parameters()), training)
+    found, _ = run_threads(moved, 3, training)
+    gradients = {name: gradient for stage in found for name, gradient in stage.items()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-11, atol=1e-12)
+
+
+def test_weights_that_change_within_a_step_are_refused_where_gradients_are_late() -> None:
+    (refused, _), _ = run_threads(moved, 2, Training(warmup_steps=5))
+    assert "the weights of this stage have changed since the last call of the network" in refused
+    assert "delay=0 or method='penalty'" in refused
 
 
 def outputs(collective: ThreadCollective, training: Training) -> list[Tensor]:
