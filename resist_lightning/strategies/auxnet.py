@@ -12,15 +12,17 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
+from torch import Tensor
 
 from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.errors import StageSelectionError
 from resist_lightning.methods.auxnet.step.agreement import check_equal, named_tensors
 from resist_lightning.methods.auxnet.step.worker import CHECKED_STEPS, StageWorker
 from resist_lightning.methods.config import MomentumPolicy, NonFinitePolicy
 from resist_lightning.schedule.round_length import LocalStepsRule
 from resist_lightning.strategies.base import SubnetStrategy
-from resist_lightning.strategies.data.example_input import example_input
+from resist_lightning.strategies.data.example_input import example_input, given_example
 from resist_lightning.strategies.data.seeded_loader import seed_loader, unseed_loader
 from resist_lightning.strategies.options import StrategyOptions, config_of, takes
 from resist_lightning.strategies.session import making_training_loaders
@@ -42,6 +44,7 @@ class AuxNetOptions(StrategyOptions, StageConfig):
             step, for its shape and to measure times; `training_step` must give the network an input of the same shape.
         seed: seed of the order of the samples, of their augmentation and of auxiliary networks; 0 is a seed.
         process_group_backend: ``"gloo"``, on GPUs too: messages that are posted early would block each other under
+            Where the network cannot take it, the module's `example_input_array` stands for it.
             NCCL.
     """
 
@@ -185,7 +188,7 @@ class AuxNetStrategy(SubnetStrategy):
                 "diverge. Clip by value (gradient_clip_algorithm='value'), or make it a part of the network."
             )
         if engine.collective.workers > 1:
-            engine.prepare(example_input(trainer, module, self._input))
+            self._show_input(engine, trainer, module)
             rank_zero_info(f"{type(self).__name__}: {engine.layout.describe()}")
 
 
@@ -196,6 +199,16 @@ def _clips_by_norm(trainer: pl.Trainer) -> bool:
 def _batches_of_all_data(trainer: pl.Trainer) -> int:
     """The length of an epoch without limit_train_batches; a huge number for data of unknown length."""
     combined = trainer.fit_loop._combined_loader
+    def _show_input(self, engine: Engine, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        try:
+            engine.prepare(example_input(trainer, module, self._input))
+        except StageSelectionError:
+            # What is in a batch need not be what `training_step` gives the network.
+            example: object = module.example_input_array
+            if not isinstance(example, Tensor):
+                raise
+            engine.prepare(given_example(trainer, example))
+
     lengths = [sized_len(loader) for loader in combined.flattened] if combined is not None else []
     known = [sys.maxsize if length is None else length for length in lengths]
     return max(known, default=sys.maxsize)

@@ -353,6 +353,34 @@ def test_what_stages_draw_leaves_the_other_random_numbers_equal_on_all_workers(f
     assert len(mine) == 40
 
 
+# ------------------------------------------------------------------ inputs that the step changes
+
+
+class Flattens(Classifier):
+    """Gives the network another shape than a batch has."""
+
+    def __init__(self, example: Tensor | None) -> None:
+        super().__init__()
+        self.example_input_array = example
+        self.net = nn.Sequential(nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch[0].flatten(1), batch[1]), batch_idx)
+
+
+def flattening(worker: int, _: Path) -> tuple[str, int]:
+    with pytest.raises(StageSelectionError) as error:
+        fit_stages(worker, Flattens(None))
+    return str(error.value), fit_stages(worker, Flattens(torch.zeros(1, 192))).global_step
+
+
+def test_an_input_that_the_step_changes_is_shown_by_the_modules_example(found: Found) -> None:
+    for error, steps in found["inputs"]:
+        assert "for a network input of torch.float32 and shape (8, 3, 8, 8)" in error
+        assert "where training_step changes it first, set example_input_array" in error
+        assert steps == 5
+
+
 # ------------------------------------------------------------------ trainings in the same two processes
 
 IN_TURN = {
@@ -364,6 +392,7 @@ IN_TURN = {
     "compiled": compiled,
     "a schedule": opened,
     "random numbers": mixing,
+    "inputs": flattening,
 }
 
 

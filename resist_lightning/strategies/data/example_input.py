@@ -50,13 +50,13 @@ def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | 
         except ValueError:
             if not isinstance(example, Tensor):
                 raise
-            return _given(trainer, example)
+            return given_example(trainer, example)
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         return select_input(trainer.strategy.batch_to_device(batch, dataloader_idx=0), which)
 
 
-def _given(trainer: pl.Trainer, example: Tensor) -> Tensor:
+def given_example(trainer: pl.Trainer, example: Tensor) -> Tensor:
     """An ``example_input_array`` fit for measuring: often the given one is a single sample, of zeros."""
     found = _checked(example, "example_input_array is")
     if len(found) == 1:

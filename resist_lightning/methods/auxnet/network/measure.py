@@ -80,8 +80,9 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measur
                 except (ValueError, TypeError, RuntimeError, IndexError) as error:
                     raise StageSelectionError(
                         f"{describe(chain.name)} fails in the unit that ends with {chain.units[number]!r}, for a "
-                        f"network input of shape {tuple(example.shape)}: {error}. Name with `input` the part of a "
-                        "batch that the network takes."
+                        f"network input of {example.dtype} and shape {tuple(example.shape)}: {error}. Name with "
+                        "`input` the part of a batch that the network takes; where training_step changes it first, set "
+                        "example_input_array of the LightningModule to a tensor like the network's input."
                     ) from error
                 _check(chain, number, output, [example, *outputs])
                 x = output.detach()
