@@ -57,9 +57,11 @@ def check_equal(collective: Collective, named: Mapping[str, Tensor], where: str)
 
 
 def named_tensors(batch: object, name: str = "batch") -> dict[str, Tensor]:
-    """The tensors in nested tuples, lists and dicts, by their paths: ``batch[0]``, ``batch['image']``."""
+    """The dense tensors in nested tuples, lists and dicts, by their paths: ``batch[0]``, ``batch['image']``."""
     if isinstance(batch, Tensor):
-        return {name: batch}
+        # Sparse and nested ones do not consist of samples.
+        dense = batch.layout == torch.strided and not batch.is_nested
+        return {name: batch} if dense else {}
     parts: Mapping[Any, object] = {}
     if isinstance(batch, Mapping):
         parts = batch

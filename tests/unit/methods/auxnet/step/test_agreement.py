@@ -134,3 +134,4 @@ def test_tensors_are_named_by_their_path() -> None:
     assert list(named_tensors((image, label))) == ["batch[0]", "batch[1]"]
     assert list(named_tensors(image)) == ["batch"]
     assert named_tensors("text") == {}
+    assert named_tensors(torch.eye(3).to_sparse()) == {}  # it does not consist of samples
