@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -11,13 +12,14 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from typing_extensions import override
 from torch import Tensor
+from typing_extensions import override
 
 from resist_lightning.engine.engine import Engine
-from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.errors import StageSelectionError
+from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.auxnet.step.agreement import check_equal, named_tensors
+from resist_lightning.methods.auxnet.step.backward import freed_graph_explained
 from resist_lightning.methods.auxnet.step.worker import CHECKED_STEPS, StageWorker
 from resist_lightning.methods.config import MomentumPolicy, NonFinitePolicy
 from resist_lightning.schedule.round_length import LocalStepsRule
@@ -42,9 +44,9 @@ class AuxNetOptions(StrategyOptions, StageConfig):
             strategies.
         input: index or key of the network's input in a batch; None takes the first tensor. It is read before the first
             step, for its shape and to measure times; `training_step` must give the network an input of the same shape.
+            Where the network cannot take it, the module's `example_input_array` stands for it.
         seed: seed of the order of the samples, of their augmentation and of auxiliary networks; 0 is a seed.
         process_group_backend: ``"gloo"``, on GPUs too: messages that are posted early would block each other under
-            Where the network cannot take it, the module's `example_input_array` stands for it.
             NCCL.
     """
 
@@ -162,6 +164,12 @@ class AuxNetStrategy(SubnetStrategy):
             check_equal(self.engine.collective, named_tensors(batch), f"batch {batch_idx}")
 
     @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Called for each backward pass, automatic or manual."""
+        with freed_graph_explained() if self.config.delayed else nullcontext():
+            return super().backward(*args, **kwargs)
+
+    @override
     def teardown(self) -> None:
         """Called at the end, after an error too: gives combined loaders back to the user as they were."""
         self._loaders = 0
@@ -191,14 +199,6 @@ class AuxNetStrategy(SubnetStrategy):
             self._show_input(engine, trainer, module)
             rank_zero_info(f"{type(self).__name__}: {engine.layout.describe()}")
 
-
-def _clips_by_norm(trainer: pl.Trainer) -> bool:
-    return bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm in (None, "norm")
-
-
-def _batches_of_all_data(trainer: pl.Trainer) -> int:
-    """The length of an epoch without limit_train_batches; a huge number for data of unknown length."""
-    combined = trainer.fit_loop._combined_loader
     def _show_input(self, engine: Engine, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         try:
             engine.prepare(example_input(trainer, module, self._input))
@@ -209,6 +209,14 @@ def _batches_of_all_data(trainer: pl.Trainer) -> int:
                 raise
             engine.prepare(given_example(trainer, example))
 
+
+def _clips_by_norm(trainer: pl.Trainer) -> bool:
+    return bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm in (None, "norm")
+
+
+def _batches_of_all_data(trainer: pl.Trainer) -> int:
+    """The length of an epoch without limit_train_batches; a huge number for data of unknown length."""
+    combined = trainer.fit_loop._combined_loader
     lengths = [sized_len(loader) for loader in combined.flattened] if combined is not None else []
     known = [sys.maxsize if length is None else length for length in lengths]
     return max(known, default=sys.maxsize)

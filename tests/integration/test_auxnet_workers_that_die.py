@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from resist_lightning import NotFinite, WorkerLost
 from tests.helpers import dying
@@ -98,6 +99,20 @@ class Diverges(Classifier):
         return loss * float("nan") if batch_idx == 4 else loss
 
 
+class LossOfFeatures(Classifier):
+    """Adds a term of features inside of the first stage to the loss."""
+
+    def __init__(self) -> None:
+        super().__init__("chain")
+        self.features: list[Tensor] = []
+        self.net[1].register_forward_hook(lambda norm, given, made: self.features.append(made))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.features.clear()
+        loss = super().training_step(batch, batch_idx)
+        return loss + sum(each.square().mean() for each in self.features)
+
+
 ERRORS = {
     "before a forward": ("forward", 1, GUESSES),
     "before a backward": ("backward", 1, LATE),
@@ -114,7 +129,9 @@ def errors(worker: int) -> dict[str, BaseException]:
         found[name] = raised.value
     with pytest.raises(NotFinite) as diverged:
         fit_stages(worker, Diverges("chain"), {"cuts": CUTS[2]}, pictures(samples=100))
-    return {**found, "NaN": diverged.value}
+    with pytest.raises(RuntimeError) as freed:
+        fit_stages(worker, LossOfFeatures(), {"cuts": CUTS[2]})
+    return {**found, "NaN": diverged.value, "features": freed.value}
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +150,11 @@ def test_an_error_in_one_worker_ends_all(name: str, raised: list[dict[str, BaseE
 def test_a_stage_with_nan_ends_the_run_at_the_next_handshake(raised: list[dict[str, BaseException]]) -> None:
     for of_worker in raised:
         assert "worker 1 in" in str(of_worker["NaN"])
+
+
+def test_a_loss_of_features_inside_of_a_delayed_stage_says_what_it_may_depend_on(
+    raised: list[dict[str, BaseException]],
+) -> None:
+    said = "the loss may depend on the network's output alone"
+    assert said in str(raised[0]["features"])
+    assert_lost(raised[1]["features"], 0, f".*{said}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,22 @@ from resist_lightning.methods.auxnet.step.store import Samples
 
 if TYPE_CHECKING:
     from resist_lightning.methods.auxnet.step.worker import StageWorker
+
+
+@contextmanager
+def freed_graph_explained() -> Iterator[None]:
+    """Explain torch's error of a graph that was freed, where a stage's own backward pass comes at another time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "a backward pass came to a part of the graph that another one had freed. Where gradients are late, the "
+            "loss may depend on the network's output alone: terms of features inside of the network (of hooks, or kept "
+            "by a block) have no part in it. Leave them out, or give the strategy method='penalty', where each stage "
+            "trains by such terms of its own."
+        ) from error
 
 
 @dataclass

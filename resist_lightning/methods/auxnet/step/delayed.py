@@ -24,10 +24,10 @@ from typing_extensions import override
 from resist_lightning.comm.collective import Collective
 from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.auxnet.network.chain import Stage
+from resist_lightning.methods.auxnet.step.backward import freed_graph_explained
 from resist_lightning.methods.auxnet.step.messages import Expected, Messages
 from resist_lightning.methods.auxnet.step.spans import Spans
 
-Gradients: TypeAlias = dict[str, Tensor]
 _CHANGED = (
     "the weights of this stage have changed since the last call of the network, and no step was counted in between: by "
     "sharpness-aware training (SAM), by several steps of the optimizer in one training_step, or by a hook. Late "
@@ -35,6 +35,7 @@ _CHANGED = (
     "adds gradients up), or give the strategy delay=0 or method='penalty', under which all of this works."
 )
 
+Gradients: TypeAlias = dict[str, Tensor]
 """Gradients by name of the parameter in the network; parameters without a gradient are left out."""
 
 
@@ -115,16 +116,16 @@ class DelayedStage:
             reply: the gradient at the output, which has yet to arrive.
             accumulate: number of batches in a step.
             warmup: whether this step takes the gradient of this batch.
-        """
 
         Raises:
             RuntimeError: if the weights have changed within a step, and gradients are late.
+        """
         self._wait = 0 if warmup else self._delay
-        if not self._ahead:
         if self._ahead and self._changed_within_step():
             if self._delay:
                 raise RuntimeError(_CHANGED)
             self._ahead = {}
+        if not self._ahead:
             self._ahead = self._look_ahead(self._wait / accumulate)
         made: Tensor = self._weights.use(self._ahead, lambda: self._stage(given))
         self._late.append(Pending(given, made, self._ahead, reply))
@@ -181,7 +182,6 @@ class DelayedStage:
         ahead = _copied(state.get("ahead", {}), self._device)
         self._ahead = {name: weight.requires_grad_() for name, weight in ahead.items()}
 
-    def _look_ahead(self, steps: float) -> dict[str, Tensor]:
     def _changed_within_step(self) -> bool:
         """Whether weights are not those of the copies that this step has made."""
         changes = []
@@ -192,6 +192,7 @@ class DelayedStage:
         # All at once, to wait for a GPU once only.
         return bool(changes) and bool(torch.stack(changes).any())
 
+    def _look_ahead(self, steps: float) -> dict[str, Tensor]:
         """Copies of the trained weights, ``steps`` ahead."""
         ahead: dict[str, Tensor] = {}
         now = self._weights.trained()
@@ -225,7 +226,7 @@ class DelayedStage:
         def compute() -> Sequence[Tensor | None]:
             return torch.autograd.grad(late.made, wanted, gradient, allow_unused=True)
 
-        with torch.autocast(self._device.type, enabled=False):
+        with torch.autocast(self._device.type, enabled=False), freed_graph_explained():
             # With the weights in place, as a block with activation checkpointing computes its forward pass again.
             found: Sequence[Tensor | None] = self._weights.use(late.weights, compute)
             return found
@@ -259,28 +260,25 @@ class _Weights:
     """The parameters of a stage by name, with other tensors in their place during a call."""
 
     def __init__(self, stage: Stage) -> None:
-        self._network = stage.network
-        self._names = [name for name, _ in stage.parts.named_parameters(remove_duplicate=False)]
-        self._holder = _Holder(self._network)
+        # The same objects throughout a run; under all of their names, where weights are tied.
+        self._parameters = dict(stage.parts.named_parameters(remove_duplicate=False))
+        self._holder = _Holder(stage.network)
 
     def trained(self) -> dict[str, Tensor]:
         """The parameters that train now, each by the first of its names."""
         found: dict[int, tuple[str, Tensor]] = {}
-        for name in self._names:
-            weight = self._network.get_parameter(name)
+        for name, weight in self._parameters.items():
             if weight.requires_grad:
                 found.setdefault(id(weight), (name, weight))
         return dict(found.values())
 
     def use(self, weights: dict[str, Tensor], act: Callable[[], Any]) -> Any:
         """Call ``act`` with these tensors in the place of the parameters of the same name."""
-        replaced = {id(self._network.get_parameter(name)): weight for name, weight in weights.items()}
+        replaced = {id(self._parameters[name]): weight for name, weight in weights.items()}
         placed: dict[str, Tensor] = {}
-        # Under all of its names, where weights are tied.
-        for name in self._names:
-            number = id(self._network.get_parameter(name))
-            if number in replaced:
-                placed[f"network.{name}"] = replaced[number]
+        for name, parameter in self._parameters.items():
+            if id(parameter) in replaced:
+                placed[f"network.{name}"] = replaced[id(parameter)]
         return functional_call(self._holder, placed, (act,), tie_weights=False)
 
 

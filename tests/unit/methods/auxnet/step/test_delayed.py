@@ -292,6 +292,36 @@ def test_weights_that_change_within_a_step_are_refused_where_gradients_are_late(
     assert "delay=0 or method='penalty'" in refused
 
 
+class Keeping(TanhBlock):
+    """A block that keeps its output."""
+
+    kept = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+def with_a_loss_inside(collective: ThreadCollective, training: Training) -> str:
+    """The error where the loss of the first batch has a term of what a block keeps."""
+    staged = make_staged(collective, training.net(), training.config, training.batch(0)[0])
+    staged.worker._checks = 0
+    kept = next(block for block in staged.net.modules() if isinstance(block, Keeping))
+    x, y = training.batch(0)
+    (training.loss(staged.worker(x), y) + kept.kept.square().mean()).backward()
+    if staged.worker.delayed is None:
+        return ""
+    staged.worker.end_step()
+    with pytest.raises(RuntimeError) as error:
+        staged.worker(x)
+    return str(error.value)
+
+
+def test_a_loss_of_features_inside_of_a_stage_is_told() -> None:
+    (said, _), _ = run_threads(with_a_loss_inside, 2, Training(block=Keeping))
+    assert "terms of features inside of the network (of hooks, or kept by a block) have no part in it" in said
+
+
 def outputs(collective: ThreadCollective, training: Training) -> list[Tensor]:
     staged = make_staged(collective, training.net(), training.config, training.batch(0)[0])
     found: list[Tensor] = []
