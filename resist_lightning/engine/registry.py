@@ -37,6 +37,7 @@ from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.round_length import in_words
 from resist_lightning.state.absent import is_absent
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics, remove_batch_statistics
+from resist_lightning.state.names import as_named_in
 from resist_lightning.state.optimizer_state import OptimizerStates, ids_of_parameters
 
 _METHODS: dict[type[CommonConfig], tuple[type[Layout], Callable[..., Sync[Any, Any]]]] = {
@@ -114,7 +115,7 @@ def attach_hooks(module: nn.Module, state: Mapping[str, Any]) -> None:
         state: from :meth:`Observation.full_state`; empty for weights that are not of a full model.
     """
     detach_hooks(module)
-    names = state.get("hooked", [])
+    names: list[str] = as_named_in(module, state.get("hooked", []))
     modules = dict(module.named_modules())
     missing = [name for name in names if name not in modules]
     if missing:

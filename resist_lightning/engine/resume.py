@@ -15,6 +15,7 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import shortest_round
+from resist_lightning.state.names import as_named_in
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.unmade import is_unmade
 
@@ -95,6 +96,7 @@ class Resumption:
         if not state:
             self._leave_out_earlier(state)
             return True
+        state, own = as_named_in(self._layout.module, (state, own))
         # A snapshot has the weights in training, not those of a full model; unmade tensors come from worker 0.
         if "scale" in state and not is_unmade(self._layout.module):
             self._observation.undo(state)

@@ -18,6 +18,7 @@ from resist_lightning.comm.members import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import attach_hooks
 from resist_lightning.state.host_copies import copied
+from resist_lightning.state.names import as_named_in
 from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.patches import Patches
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY, read_own
@@ -144,7 +145,8 @@ class Resumer:
         same = engine.restore(state, own)
         if self._source is not None and not same:
             # Snapshots have no full model, and these workers' parts are not those that were written.
-            engine.resumption.put(engine.layout.full_tensors(self._source.states()))
+            states = (as_named_in(engine.module, each) for each in self._source.states())
+            engine.resumption.put(engine.layout.full_tensors(states))
         self._source = self._loaded = None
         if self._snapshots is not None:
             self._snapshots.begin()
@@ -154,9 +156,9 @@ class Resumer:
         modes.begin(engine.layout.module)
         exact = engine.start()  # where one worker lacks its own file, nobody uses its own
         self._state = {**state, **{key: {} for key in ("originals", "norm_statistics") if key in state}}  # used up
-        modes.apply(state.get("modes", {}))
+        modes.apply(as_named_in(engine.module, state.get("modes", {})))
         if own is not None and exact:
-            trainer_state.load_state_dict(own["host"])
+            trainer_state.load_state_dict(as_named_in(engine.module, own["host"]))
         if state:
             source = str(self._loaded_from or "the training before")
             report_resume(strategy, source, engine, same=same, exact=exact, files="files" in state)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 
 import pytest
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from resist_lightning import QSR, Config, Engine, PostLocal
 from resist_lightning.comm.collective import SoloCollective
@@ -43,6 +45,42 @@ def test_stopping_after_a_sync_and_going_on_is_as_not_stopping(scale):
         second.after_step()
     second.finish()
     assert_equal_states(clone_state(again), clone_state(unbroken), exactly=True)
+
+
+def trained_from(weights, state, own, run, steps, *, wrapped):
+    """Resume, with blocks in torch's checkpoint_wrapper or not; returns the parameters and the engine."""
+    model = make_model(run)
+    if weights is not None:
+        model.load_state_dict(weights)
+    if wrapped:
+        model.section3 = nn.Sequential(*map(checkpoint_wrapper, model.section3))
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config)
+    engine.restore(state, own)
+    engine.start()
+    for step in steps:
+        train_step(model, optimizer, batch_of(0, step))
+        engine.after_step()
+    return engine, model
+
+
+@pytest.mark.parametrize("wrapped", ["before", "after"])
+@pytest.mark.parametrize("with_own", [True, False])
+def test_blocks_may_be_in_a_checkpoint_wrapper_in_one_run_and_not_in_the_next(wrapped, with_own):
+    """Own tensors of other names ended the run; without them blocks kept the test-time scale, in silence."""
+    run = Run(Config(local_steps=3, test_scale=0.3), steps=8)
+    _, unbroken, _ = trained_engine(run, 8)
+    engine, model = trained_from(None, {}, None, run, range(6), wrapped=wrapped == "before")
+    with engine.full_model("checkpoint"):
+        weights, state = dict(model.state_dict()), engine.checkpoint_state()
+        own = engine.resumption.state_dict() if with_own else None
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
+
+    engine, model = trained_from(weights, state, own, run, (6, 7), wrapped=wrapped == "after")
+    engine.finish()
+    parameters = [name for name, _ in unbroken.named_parameters()]  # running statistics count a second forward
+    found, expected = model.state_dict(), unbroken.state_dict()
+    assert_equal_states(*({name: each[name] for name in parameters} for each in (found, expected)), exactly=True)
 
 
 @pytest.mark.parametrize(
