@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningR
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
-from tests.helpers.plain import CLASSES
+from tests.helpers.plain import CLASSES, held_out
 from tests.helpers.small import Small
 from tests.helpers.trainers import make_strategy, make_trainer
 from tests.helpers.training import assert_equal_states, clone_state
-from tests.integration.test_exact_resume import Augmented, SavesAt
+from tests.integration.test_exact_resume import Augmented, FollowsTheValidation, SavesAt
 
 STOP = 3
 
@@ -69,6 +69,31 @@ def test_a_fit_after_the_evaluation_of_a_checkpoint_counts_its_rounds_from_its_o
     trainer.validate(module, loader, ckpt_path=tmp_path / "a.ckpt", verbose=False)
     trainer.fit(module, loader)
     assert rounds == [0, 0, 0, 1, 1]
+
+
+class SavesAsEpochsBegin(L.Callback):
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir, f"{trainer.current_epoch}.ckpt"))
+
+
+def test_a_checkpoint_saved_as_an_epoch_begins_resumes_with_its_first_batch(tmp_path: Path) -> None:
+    """Lightning takes the batches of the epoch before for its own: it was left out, and its schedule stepped twice."""
+
+    def fit(ckpt_path: Path | None, *callbacks: L.Callback) -> tuple[dict[str, Tensor], int, float]:
+        L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
+        module = FollowsTheValidation(seed=7)
+        trainer = make_trainer(make_strategy(), max_epochs=3, callbacks=[*callbacks], default_root_dir=tmp_path)
+        loader = DataLoader(Augmented(), batch_size=4, shuffle=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "the checkpoint was written before the metric")
+            trainer.fit(module, loader, held_out(0), ckpt_path=ckpt_path)
+        return clone_state(module), trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]
+
+    unbroken, *numbers = fit(None, SavesAsEpochsBegin())
+    for epoch in range(3):
+        resumed, *same_numbers = fit(tmp_path / f"{epoch}.ckpt")
+        assert same_numbers == numbers
+        assert_equal_states(resumed, unbroken, exactly=True)
 
 
 class WholeRounds(L.Callback):

@@ -68,7 +68,9 @@ class Position:
         random = self._before_validation or self.random_state()
         state = {"random": random, "loaders_made_in": self._fit_loop._last_train_dl_reload_epoch}
         if self._epoch_loop._num_ready_batches_reached() and not self.next_is_fetched:
-            return {**state, "ended_epoch": self._epochs_processed()}
+            progress = self._fit_loop.epoch_progress.current
+            next_begins = progress.started < progress.ready  # its `on_train_epoch_start` runs
+            return {**state, "ended_epoch": progress.processed - next_begins}
         trained = self.trained
         # Loaders that are one batch ahead; where their state was not kept, a resumed run fetches all batches again.
         loaders = self._loaders.get(trained, []) if self.next_is_fetched else self._loader_states()
@@ -208,9 +210,7 @@ class Position:
         loaders = getattr(iterator, "iterables", [])
         already = any(isinstance(each, Watched) for each in loaders)
         if len(loaders) > 1 and not already:
-            iterator.iterables = [
-                Watched(each, partial(self._begin_again, number)) for number, each in enumerate(loaders)
-            ]
+            iterator.iterables = [Watched(each, partial(self._begin_again, at)) for at, each in enumerate(loaders)]
 
     def _begin_again(self, loader: int) -> None:
         """Called just before a loader is begun again, within a fetch."""

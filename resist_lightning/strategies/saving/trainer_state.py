@@ -59,7 +59,8 @@ class TrainerState:
         """
         trainer = self._trainer
         progress: Any = trainer.fit_loop.epoch_progress.current
-        at_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached() and progress.completed < progress.ready
+        ending = progress.completed < progress.ready == progress.started
+        at_end = ending and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         if not at_end or self.position.next_is_fetched or not trainer.lightning_module.automatic_optimization:
             return []
         # At the end of the epoch all metrics are those of the epoch; in the validation before it, only its own are.
