@@ -26,6 +26,8 @@ class Children:
         processes: the children; kept as an attribute.
         grace: seconds that worker 0 has to end by itself when a child has failed under its watch, and that the children
             have when worker 0 has failed.
+        stop_seconds: seconds that the children have at the exit of worker 0 when all have agreed to stop: one may save
+            for longer than worker 0.
         state: whether worker 0 watches the others, whether it has failed, and whether all have agreed to stop.
         first_rank: of the children.
     """
@@ -34,13 +36,13 @@ class Children:
         self,
         processes: list[subprocess.Popen[bytes]],
         grace: float,
+        stop_seconds: float,
         state: Callable[[], State],
         first_rank: int = 1,
     ) -> None:
         self.processes = processes
         self._first_rank = first_rank
-        self._grace = grace
-        self._state = state
+        self.follow(state, grace, stop_seconds)
         self._pid = os.getpid()
         self._leaving = threading.Event()
         self._observer = threading.Thread(target=self._observe, name="resist_lightning children", daemon=True)
@@ -52,9 +54,9 @@ class Children:
         """Whether this process has started them; a fork of worker 0 has not."""
         return os.getpid() == self._pid
 
-    def follow(self, state: Callable[[], State], grace: float) -> None:
+    def follow(self, state: Callable[[], State], grace: float, stop_seconds: float) -> None:
         """Observe the children for a later Trainer of the script, which trains in the same processes."""
-        self._state, self._grace = state, grace
+        self._state, self._grace, self._stop_seconds = state, grace, stop_seconds
 
     def how_ended(self, pid: int) -> str | None:
         """The end of a child, in words; None if it runs, or is none of these."""
@@ -104,8 +106,9 @@ class Children:
         """At the exit of worker 0 after an error or a signal: wait for the children, then kill those that still run."""
         if not self.of_this_process:
             return
-        if self._state() in ("failed", "stopped"):
-            deadline = time.monotonic() + self._grace
+        state = self._state()
+        if state in ("failed", "stopped"):
+            deadline = time.monotonic() + (self._stop_seconds if state == "stopped" else self._grace)
             for process in self.processes:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline - time.monotonic()))

@@ -40,16 +40,16 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         guard = self._strategy.guard
-        grace = 2 * guard.silence.total_seconds()
+        limits = 2 * guard.silence.total_seconds(), self._strategy.options.timeout.total_seconds()
         if not self.cluster_environment.creates_processes_externally:
             os.environ[PARENT] = str(os.getpid())
             self._call_children_scripts()
             del os.environ[PARENT]  # programs that this worker starts later are no workers
             first_rank = self.cluster_environment.node_rank() * self.num_processes + 1
-            ScriptLauncher._children = Children(self.procs, grace, lambda: guard.state, first_rank)
+            ScriptLauncher._children = Children(self.procs, *limits, lambda: guard.state, first_rank)
         children = ScriptLauncher._children
         if children is not None and children.of_this_process:
-            children.follow(lambda: guard.state, grace)
+            children.follow(lambda: guard.state, *limits)
             guard.children, self.procs = children, children.processes
         _set_num_threads_if_needed(num_processes=self.num_processes)
         with guard.around(self._strategy.ends_together):
