@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from resist_lightning.comm.collective import Collective
+from resist_lightning.errors import NotFinite
 from resist_lightning.strategies.data.equal_epochs import end_epochs_together
 from resist_lightning.strategies.finetuning import not_in_optimizer
 from resist_lightning.strategies.launching.signals import Signals
@@ -128,7 +129,7 @@ class LoopPatches:
         callbacks: list[Any] = getattr(self._trainer, "callbacks", [])
         for callback in callbacks:
             if isinstance(callback, LearningRateFinder):
-                search = _unless_resuming(callback.on_fit_start, self._trainer)
+                search = _unless_resuming(_failing_as_its_trial(callback.on_fit_start, self._trainer), self._trainer)
                 self._patches.replace(callback, "on_fit_start", search)
 
 
@@ -142,6 +143,42 @@ def _unless_resuming(search: Callable[..., None], trainer: pl.Trainer) -> Callab
             search(*args)
 
     return search_or_not
+
+
+def _failing_as_its_trial(search: Callable[..., None], trainer: pl.Trainer) -> Callable[..., None]:
+    """Let a search end with the error of its trial training: Lightning restores its checkpoint before it raises.
+
+    A worker has only a part of the module then, and the others may be elsewhere.
+    """
+    fit_loop, connector = trainer.fit_loop, trainer._checkpoint_connector
+
+    def search_or_raise(*args: Any) -> None:
+        failed: list[BaseException] = []
+        patches, usual_run, usual_restore = Patches(), fit_loop.run, connector.restore
+
+        def run() -> None:
+            try:
+                usual_run()
+            except BaseException as error:
+                if isinstance(error, NotFinite):
+                    error.args = (f"{error} In a search for the learning rate, lower its max_lr.",)
+                failed.append(error)
+                raise
+
+        def restore(path: Any, *more: Any) -> None:
+            if failed:
+                trainer.strategy.remove_checkpoint(path)
+                raise failed[0]
+            usual_restore(path, *more)
+
+        patches.replace(fit_loop, "run", run)
+        patches.replace(connector, "restore", restore)
+        try:
+            search(*args)
+        finally:
+            patches.remove()
+
+    return search_or_raise
 
 
 def _unless_exact(reset: Callable[[], None], position: Position) -> Callable[[], None]:

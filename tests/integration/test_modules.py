@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from resist_lightning import Config
+from resist_lightning import Config, NotFinite
 from tests.helpers.auxnet import make_stages
 from tests.helpers.plain import Classifier, Late, batch_of, held_out, make_net
 from tests.helpers.processes import run_workers
@@ -53,6 +54,7 @@ def by_trainers(worker: int, folder: str) -> dict[str, Any]:
         "gathered": gather(worker),
         "diverged": search_until_it_diverges(worker, folder),
         "tuned": tune_each(folder),
+        "failed": search_until_there_is_nan(worker, folder),
     }
 
 
@@ -266,6 +268,27 @@ def test_a_search_that_stops_early_on_one_worker_stops_on_all(trained: Any) -> N
     assert first == second
     assert 1 < first[1] < 40
     assert first[2] == 2
+
+
+class Explodes(Tunable):
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step == 4:
+            next(self.parameters()).data.fill_(float("nan"))
+
+
+def search_until_there_is_nan(worker: int, folder: str) -> tuple[str, list[Path]]:
+    finder = LearningRateFinder(num_training_steps=10, early_stop_threshold=None)
+    with pytest.raises(NotFinite) as caught:
+        fit(worker, Explodes("small"), 10, default_root_dir=folder, callbacks=[finder])
+    return str(caught.value), [*Path(folder).glob(".lr_find*")]
+
+
+def test_a_search_that_fails_says_why_and_leaves_no_file(trained: Any) -> None:
+    """Lightning restored its checkpoint first: into blocks that a worker lacked, which was the only error."""
+    for said, left in trained["failed"]:
+        assert "NaN or infinity after local step 3 of round 1" in said
+        assert said.endswith("In a search for the learning rate, lower its max_lr.")
+        assert left == []
 
 
 # A module's requests to other workers.
