@@ -232,3 +232,66 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, condition)
         return self.head(x)
+
+
+class Residual(nn.Module):
+    """Adds its input to the output of any module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + x
+
+
+class FeedForward(nn.Sequential):
+    """A sequence that adds its input."""
+
+    def __init__(self) -> None:
+        up, down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        super().__init__(nn.LayerNorm(WIDTH), up, nn.GELU(), down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Rotary(nn.Module):
+    """Turns pairs of features by an angle that grows with the position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 0.3 ** torch.arange(WIDTH // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1])[:, None] * self.frequencies
+        one, other = x.chunk(2, dim=-1)
+        return torch.cat([one * angles.cos() - other * angles.sin(), one * angles.sin() + other * angles.cos()], -1)
+
+
+class RotaryAttention(nn.Module):
+    def __init__(self, rotary: Rotary) -> None:
+        super().__init__()
+        self.norm, self.rotary = nn.LayerNorm(WIDTH), rotary
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        return self.out(functional.scaled_dot_product_attention(self.rotary(query), self.rotary(key), value))
+
+
+class Wrappers(nn.Module):
+    """Two blocks a layer, in a list of lists; one object turns the positions in all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(32, WIDTH), nn.Linear(WIDTH, 4)
+        rotary = Rotary()
+        pairs = ((Residual(RotaryAttention(rotary)), FeedForward()) for _ in range(DEPTH))
+        self.layers = nn.ModuleList(map(nn.ModuleList, pairs))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for attention, feed_forward in self.layers:
+            x = feed_forward(attention(x))
+        return self.head(x)

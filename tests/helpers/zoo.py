@@ -361,6 +361,7 @@ NETWORKS: dict[str, Network] = {
     "by hand: residual MLP": Network(hand_written.residual_mlp, _tables),
     "by hand: GNN": Network(hand_written.GraphNetwork, _graph),
     "by hand: DiT with adaLN": Network(hand_written.DiT, _images),
+    "by hand: wrappers in pairs, one rotary embedding": Network(hand_written.Wrappers, _ids),
 }
 
 SAMPLE = (

@@ -240,6 +240,15 @@ def _dit(b: Any, s: float, x: Tensor, condition: Tensor) -> Tensor:
     return x + s * gate2 * b.mlp(b.norm2(x) * (1 + scale2) + shift2)
 
 
+def _wrapper(b: Any, s: float, x: Tensor) -> Tensor:
+    return x + s * b.inner(x)
+
+
+def _feed_forward(b: Any, s: float, x: Tensor) -> Tensor:
+    norm, up, _, down = b
+    return x + s * down(functional.gelu(up(norm(x))))
+
+
 REFERENCES: dict[str, Reference] = {
     "torchvision.models.resnet.BasicBlock": _torchvision_basic,
     "torchvision.models.resnet.Bottleneck": _torchvision_bottleneck,
@@ -283,6 +292,8 @@ REFERENCES: dict[str, Reference] = {
     "tests.helpers.hand_written.ResidualLayer": _residual_layer,
     "tests.helpers.hand_written.GraphLayer": _graph,
     "tests.helpers.hand_written.DiTBlock": _dit,
+    "tests.helpers.hand_written.Residual": _wrapper,
+    "tests.helpers.hand_written.FeedForward": _feed_forward,
 }
 """References by the block's class."""
 
