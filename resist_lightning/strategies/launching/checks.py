@@ -9,15 +9,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, StochasticWeightAveraging, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from resist_lightning.comm import slurm, torchrun
+from resist_lightning.comm import by_hand, slurm, torchrun
 from resist_lightning.comm.members import check_count
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import make_layout
@@ -85,8 +87,8 @@ def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_me
     """Refuse ways to start workers that are known to fail.
 
     Raises:
-        ValueError: for MPS, for a start method that ignores the processes that exist already, and for ``popen`` in a
-            Hydra sweep.
+        ValueError: for MPS, for a start method that ignores the processes that exist already, for ``popen`` in a Hydra
+            sweep, and for all but ``fork`` in a notebook.
     """
     if isinstance(accelerator, MPSAccelerator):
         raise ValueError("several workers cannot share an MPS device; use accelerator='cpu'.")
@@ -94,6 +96,12 @@ def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_me
         raise ValueError(
             f"start_method={start_method!r} would start workers a second time: {type(environment).__name__} has "
             "started them already. Use start_method='popen' (the strategy's plain name, such as 'resist') there."
+        )
+    if _IS_INTERACTIVE and start_method != "fork":
+        # Lightning's own error recommends 'ddp_notebook', which would train by DDP.
+        raise ValueError(
+            f"start_method={start_method!r} cannot start workers from a notebook or an interactive Python. Use the "
+            "strategy's name with _notebook, such as 'resist_notebook', or start_method='fork'; or run a script."
         )
     if start_method == "popen" and _in_hydra_sweep() and not environment.creates_processes_externally:
         raise ValueError(
@@ -103,15 +111,17 @@ def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_me
 
 
 def check_processes(environment: ClusterEnvironment, devices: int, nodes: int) -> None:
-    """Check that as many processes as the Trainer expects were started, where Lightning does not start them.
+    """Check that as many processes as the Trainer expects were started, and that they can find one another.
 
     Raises:
-        ValueError: naming both numbers, and how to start as many.
+        ValueError: naming the numbers, or the variable that is missing, and the way out.
     """
     if isinstance(environment, SLURMEnvironment):
         slurm.check_tasks(os.environ, devices, nodes)
     elif isinstance(environment, TorchElasticEnvironment):
         torchrun.check_processes(os.environ, devices, nodes)
+    elif type(environment) is LightningEnvironment:  # a class derived from it may have a port of its own
+        by_hand.check_port(os.environ, devices, nodes)
 
 
 def _refuse_lost_search(trainer: pl.Trainer) -> None:

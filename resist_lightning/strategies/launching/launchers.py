@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
@@ -28,6 +29,9 @@ class ScriptLauncher(_SubprocessScriptLauncher):
     _children: ClassVar[Children | None] = None
     """The workers that this process has started: a later Trainer of the script trains in the same ones."""
 
+    _numbers: ClassVar[tuple[int, int] | None] = None
+    """Devices and nodes of the script's first Trainer, where it has started processes."""
+
     def __init__(self, strategy: SubnetStrategy, environment: ClusterEnvironment, processes: int, nodes: int) -> None:
         super().__init__(environment, processes, nodes)
         self._strategy = strategy
@@ -39,6 +43,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             self._strategy.check_before_launch(trainer)
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
+        self._check_numbers()
         guard = self._strategy.guard
         limits = 2 * guard.silence.total_seconds(), self._strategy.options.timeout.total_seconds()
         if not self.cluster_environment.creates_processes_externally:
@@ -54,6 +59,27 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         _set_num_threads_if_needed(num_processes=self.num_processes)
         with guard.around(self._strategy.ends_together):
             return function(*args, **kwargs)
+
+    def _check_numbers(self) -> None:
+        """Refuse a later Trainer of a script with other numbers: each process runs the script, and there are no more.
+
+        Raises:
+            ValueError: with both pairs of numbers, and the way out.
+        """
+        own = self.num_processes, self.num_nodes
+        first = not self.cluster_environment.creates_processes_externally
+        in_worker = os.environ.get(PARENT) == str(os.getppid())
+        if first or (in_worker and ScriptLauncher._numbers is None):
+            ScriptLauncher._numbers = own
+        known = ScriptLauncher._numbers
+        if known in (None, own) or type(self.cluster_environment) is not LightningEnvironment:
+            return
+        assert known is not None
+        raise ValueError(
+            f"Trainer(devices={own[0]}, num_nodes={own[1]}) would train in the processes of this script, which its "
+            f"first Trainer has started for devices={known[0]}, num_nodes={known[1]}. Give all Trainers of the script "
+            "the same numbers, or all of them start_method='spawn', whose workers end with each run."
+        )
 
     @override
     def kill(self, signum: Any) -> None:

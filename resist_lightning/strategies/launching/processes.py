@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from resist_lightning.errors import WorkerLost, process_name
 from resist_lightning.faults.reasons import name_of_exit
+from resist_lightning.strategies.launching.checks import check_processes
 from resist_lightning.strategies.launching.stopping import Forwarder, ending, start_fork_server
 
 ENDING_SECONDS = 15.0
@@ -100,9 +101,10 @@ class ProcessLauncher(_MultiProcessingLauncher):
     @contextmanager
     def _port(self) -> Iterator[None]:
         """Pass the port to the workers by the environment; the next Trainer of this process chooses another one."""
-        assert self._strategy.cluster_environment is not None
+        strategy: Any = self._strategy
+        check_processes(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         given = os.environ.get("MASTER_PORT")
-        os.environ["MASTER_PORT"] = str(self._strategy.cluster_environment.main_port)
+        os.environ["MASTER_PORT"] = str(strategy.cluster_environment.main_port)
         try:
             yield
         finally:

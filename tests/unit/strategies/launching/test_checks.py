@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, Timer
+from lightning.pytorch.trainer.connectors import accelerator_connector
 from lightning.pytorch.tuner import Tuner
 from omegaconf import OmegaConf
 from torch import nn
@@ -230,6 +231,18 @@ def test_under_torchrun_only_the_plain_name_works(
 def test_mps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cannot share an MPS device; use accelerator='cpu'"):
         refuse_launch(LightningEnvironment(), MPSAccelerator(), "popen")
+
+
+@pytest.mark.parametrize("name", ["resist", "local_sgd_spawn"])
+def test_in_a_notebook_a_name_of_this_package_is_recommended(
+    name: str, monkeypatch: pytest.MonkeyPatch, trainer_with: MakeTrainer
+) -> None:
+    """Lightning recommends ddp_notebook, which would train by DDP."""
+    for module in ("resist_lightning.strategies.launching.checks", accelerator_connector.__name__):
+        monkeypatch.setattr(f"{module}._IS_INTERACTIVE", True)
+    with pytest.raises(ValueError, match=r"from a notebook .* such as 'resist_notebook', or start_method='fork'"):
+        trainer_with(name)
+    assert trainer_with(f"{name.removesuffix('_spawn')}_notebook").world_size == 2
 
 
 @pytest.fixture
