@@ -103,6 +103,10 @@ class StrategyOptions:
                 "workers can read, snapshots=FOLDER."
             )
         self._devices()
+        for name in ("timeout", "silence"):
+            value = getattr(self, name)
+            if not isinstance(value, timedelta) or value <= timedelta():
+                raise ValueError(f"{name}={value!r} must be a datetime.timedelta above 0, as timedelta(seconds=60) is.")
         if self.silence < LEAST_SILENCE:
             raise ValueError(
                 f"silence={self.silence} must be at least {LEAST_SILENCE}: workers send a heartbeat every second, and "

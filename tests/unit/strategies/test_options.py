@@ -24,6 +24,11 @@ FACES = [ResISTStrategy, ISTStrategy, AuxNetStrategy, LocalSGDStrategy]
         ({"snapshots": "memory://folder"}, "snapshots='memory://folder' must be a folder with a local path"),
         ({"on_worker_loss": "shrink"}, "name a folder that all workers can read, snapshots=FOLDER"),
         ({"silence": timedelta(seconds=1)}, "silence=0:00:01 must be at least 0:00:03"),
+        # Seconds, and no limit at all (which DDP has): the workers ended with an AttributeError once they were started.
+        ({"silence": 30}, r"silence=30 must be a datetime.timedelta above 0, as timedelta\(seconds=60\) is"),
+        ({"timeout": 600}, "timeout=600 must be a datetime.timedelta above 0"),
+        ({"timeout": None}, "timeout=None must be a datetime.timedelta above 0"),
+        ({"timeout": timedelta()}, r"timeout=datetime.timedelta\(0\) must be a datetime.timedelta above 0"),
     ],
 )
 def test_bad_settings_name_the_value_and_the_way_out(options: dict[str, Any], message: str) -> None:
