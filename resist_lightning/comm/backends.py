@@ -9,7 +9,7 @@ import torch
 NCCL = ("nccl", "nccl2", "nccl-legacy", "nccl-lazy")
 """The names of NCCL's backends: torch 2.15 has a new one beside the classic one, and uses it for ``"nccl"``."""
 
-NCCL_VARIABLES = {
+_NCCL_VARIABLES = {
     # An operation that fails ends with an error; by default NCCL's watchdog would end the process by SIGABRT.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
     # After a failure that watchdog would wait a minute for reports of all workers, and leave a mark in the store that
@@ -17,7 +17,20 @@ NCCL_VARIABLES = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000",
 }
-"""Environment variables that a group of NCCL needs, unless the user has set them."""
+
+
+def nccl_variables(given: Mapping[str, str], *, by_torchrun: bool) -> dict[str, str]:
+    """The environment variables that a group of NCCL needs and the user has not set.
+
+    Args:
+        given: the environment of this process.
+        by_torchrun: whether torchrun has started it.
+    """
+    missing = {name: value for name, value in _NCCL_VARIABLES.items() if name not in given}
+    handling = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    if by_torchrun and given.get(handling) == "1":  # torchrun's own, where the user has set none
+        missing[handling] = _NCCL_VARIABLES[handling]
+    return missing
 
 
 def check_backend(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store, _world
 from torch.distributed.rendezvous import rendezvous
 
-from resist_lightning.comm.backends import NCCL, NCCL_VARIABLES
+from resist_lightning.comm.backends import NCCL, nccl_variables
 from resist_lightning.comm.rendezvous import HostsCannotMeet, await_store, check_hosts, with_port
 from resist_lightning.comm.sockets import cut_connections, open_sockets, recording, recording_group
 from resist_lightning.comm.torchrun import attempt, shares_store, started_by_torchrun
@@ -75,20 +75,23 @@ def join_group(
         node: number of this worker's host.
 
     Raises:
-        HostsCannotMeet: if processes of another host cannot be reached, within seconds; or if the name of worker 0's
-            host cannot be resolved within ``timeout``.
+        HostsCannotMeet: if processes of another host cannot be reached, or the store cannot be served, within seconds;
+            or if the name of worker 0's host cannot be resolved within ``timeout``.
         RuntimeError: if the workers cannot join one another, with what to check.
     """
+    by_torchrun = started_by_torchrun()
     if backend in NCCL:
-        for name, value in NCCL_VARIABLES.items():
-            os.environ.setdefault(name, value)
+        os.environ.update(nccl_variables(os.environ, by_torchrun=by_torchrun))
+    if worker == 0:
+        node = 0  # its host has the store; MPI may give the host another number
     try:
-        by_torchrun = started_by_torchrun()
         await_store(address, port, node=node, served=shares_store(), by_torchrun=by_torchrun, timeout=timeout)
         _join(backend, address, port, worker, workers, timeout, device)
     except HostsCannotMeet:
         raise
     except RuntimeError as error:
+        if worker == 0 and "EADDRINUSE" in str(error):
+            raise HostsCannotMeet(_port_taken(port)) from error
         raise RuntimeError(_not_joined(backend, with_port(address, port), worker, workers, error)) from error
 
 
@@ -125,6 +128,13 @@ def _join(
             timeout=timeout,
             device_id=device,
         )
+
+
+def _port_taken(port: int) -> str:
+    return (
+        f"rank 0 cannot serve the store, because port {port} of its host is in use, by another run perhaps. Set "
+        "MASTER_PORT to another free port, the same for all ranks (under SLURM too, where a job starts several runs)."
+    )
 
 
 def _not_joined(backend: str, store: str, worker: int, workers: int, error: RuntimeError) -> str:

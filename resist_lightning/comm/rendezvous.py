@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.1
 
 
 class HostsCannotMeet(RuntimeError):
-    """The processes of several hosts cannot reach one another, or the store; says what to set."""
+    """Processes cannot reach one another, or the store, or serve it; says what to set."""
 
 
 def await_store(address: str, port: int, *, node: int, served: bool, by_torchrun: bool, timeout: timedelta) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resist_lightning.comm.backends import binds, check_backend
+from resist_lightning.comm.backends import binds, check_backend, nccl_variables
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,12 @@ def test_a_group_that_cannot_serve_the_module_is_refused(monkeypatch, backends, 
 )
 def test_only_nccl_is_bound_to_a_gpu(backend, device, bound):
     assert binds(backend, torch.device(device)) is bound
+
+
+def test_variables_of_the_user_stay_and_the_one_that_torchrun_sets_does_not():
+    handling = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    assert nccl_variables({}, by_torchrun=True)[handling] == nccl_variables({}, by_torchrun=False)[handling] == "2"
+    # torchrun sets 1 for each worker, by which NCCL's watchdog ended the survivors by SIGABRT.
+    assert nccl_variables({handling: "1"}, by_torchrun=True)[handling] == "2"
+    assert handling not in nccl_variables({handling: "3"}, by_torchrun=True)
+    assert handling not in nccl_variables({handling: "1"}, by_torchrun=False)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from resist_lightning.comm.group import (
     group_exists,
@@ -17,6 +18,7 @@ from resist_lightning.comm.group import (
     join_group,
     messages_sent,
 )
+from resist_lightning.comm.rendezvous import HostsCannotMeet
 
 
 def test_a_process_without_a_group_has_sent_nothing():
@@ -43,6 +45,30 @@ def test_workers_that_do_not_find_one_another_are_told_what_to_look_at(monkeypat
     assert raised.value.__cause__ is not None
     assert not group_exists()
     assert {name: os.environ[name] for name in of_nccl if name in os.environ} == (of_nccl if backend == "nccl" else {})
+
+
+@pytest.fixture
+def free_port(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # joining sets them
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        return other.getsockname()[1]
+
+
+def test_a_port_that_is_in_use_is_named(free_port):
+    """By another run with the same MASTER_PORT, say; the error told of interfaces and firewalls."""
+    said = f"port {free_port} of its host is in use.* Set MASTER_PORT to another"
+    with socket.create_server(("127.0.0.1", free_port)), pytest.raises(HostsCannotMeet, match=said):
+        join_group("gloo", address="127.0.0.1", port=free_port, worker=0, workers=2, timeout=timedelta(seconds=9))
+
+
+def test_rank_0_does_not_wait_for_its_own_store_where_its_host_has_another_number(free_port, capfd):
+    """As with MPI, which numbers hosts by their names: it asked for 10 s, and told of a store that does not answer."""
+    began = time.monotonic()
+    join_group("gloo", address="127.0.0.1", port=free_port, worker=0, workers=1, timeout=timedelta(seconds=9), node=1)
+    dist.destroy_process_group()
+    assert time.monotonic() - began < 5
+    assert "gets no answer" not in capfd.readouterr().err
 
 
 class Stuck:
