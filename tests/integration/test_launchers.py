@@ -243,6 +243,24 @@ def test_workers_that_leave_by_themselves_do_not_keep_the_main_process_waiting(t
     assert run_workers(fork_and_leave, 1, str(tmp_path))[0] == []
 
 
+class Exiting(Classifier):
+    def configure_callbacks(self) -> Any:
+        os._exit(3)  # before the workers look for one another
+
+
+def fork_on_the_second_host(_: int) -> None:
+    as_a_main_process()
+    os.environ.update(NODE_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    strategy = ResISTStrategy(min_blocks=1, start_method="fork")
+    with pytest.raises(WorkerLost, match=r"^worker 1 \(host .*ended with exit code 3"):
+        make_trainer(strategy, max_epochs=1, devices=1, num_nodes=2).fit(Exiting(), datamodule=Data())
+
+
+def test_workers_of_another_host_have_their_own_numbers() -> None:
+    """They were named as those of the first one."""
+    run_workers(fork_on_the_second_host, 1)
+
+
 def compute() -> None:
     torch.set_num_threads(2)
     torch.relu(torch.randn(4_000_000)).sum()

@@ -58,7 +58,7 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
             "overlap=0."
         )
     if strategy._start_method != "popen":
-        _refuse_lost_search(trainer)
+        _refuse_lost_results(trainer, config)
     if processes > 1 and getattr(trainer, "_val_check_time_interval", None) is not None:  # of Lightning 2.6
         raise ValueError(
             "val_check_interval is a time, after which each worker would validate by its own clock, in another step. "
@@ -124,7 +124,15 @@ def check_processes(environment: ClusterEnvironment, devices: int, nodes: int) -
         by_hand.check_port(os.environ, devices, nodes)
 
 
-def _refuse_lost_search(trainer: pl.Trainer) -> None:
+def _refuse_lost_results(trainer: pl.Trainer, config: CommonConfig) -> None:
+    """Refuse runs whose results would end with the workers that the main process starts."""
+    strategy: Any = trainer.strategy
+    if config.first_ends and strategy.num_nodes > 1:
+        raise ValueError(
+            f"full_model_on='first' with start_method={strategy._start_method!r} on {strategy.num_nodes} hosts: worker "
+            "0 alone would give the model to its main process, and those of the other hosts would have none. Use "
+            "full_model_on='all', or start_method='popen'."
+        )
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     for callback in callbacks:
         if isinstance(callback, LearningRateFinder) and callback._early_exit:

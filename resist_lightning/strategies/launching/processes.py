@@ -134,15 +134,16 @@ class ProcessLauncher(_MultiProcessingLauncher):
             )
         self.procs = workers.processes
         members = strategy.options.members(strategy.num_processes)
+        first_rank = strategy.node_rank * strategy.num_processes
         try:
-            forwarder = Forwarder(self.kill, strategy._timeout.total_seconds(), members)
+            forwarder = Forwarder(self.kill, strategy._timeout.total_seconds(), members, first_rank)
             with forwarder.waiting(trainer):
                 wait_for(workers, forwarder)
         except ProcessExitedException as error:  # one that raised has another exception, with its traceback
+            name = process_name(first_rank + error.error_index, members)
             raise WorkerLost(
-                f"{process_name(error.error_index, members)} (host {socket.gethostname()}, pid {error.error_pid}) "
-                f"{name_of_exit(error.exit_code)}. The other workers' errors above say what it was last doing, and how "
-                "to resume."
+                f"{name} (host {socket.gethostname()}, pid {error.error_pid}) {name_of_exit(error.exit_code)}. The "
+                "other workers' errors above say what it was last doing, and how to resume."
             ) from error
 
     def _end(self, workers: Sequence[BaseProcess], error: BaseException) -> None:

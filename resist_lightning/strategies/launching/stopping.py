@@ -32,12 +32,14 @@ class Forwarder:
         kill: sends a signal to the workers that have been started.
         limit: seconds after the first signal in which the workers must have ended.
         members: processes of each worker.
+        first_rank: of the workers of this host.
     """
 
-    def __init__(self, kill: Callable[[int], None], limit: float, members: int = 1) -> None:
+    def __init__(self, kill: Callable[[int], None], limit: float, members: int = 1, first_rank: int = 0) -> None:
         self._kill = kill
         self._limit = limit
         self._members = members
+        self._first_rank = first_rank
         self._originals: dict[int, Any] = {}
         self._received = 0
         self._first_at = 0.0
@@ -90,7 +92,7 @@ class Forwarder:
             return
         # They may hang in a collective whose partner has ended.
         late = []
-        for rank, worker in enumerate(workers):
+        for rank, worker in enumerate(workers, start=self._first_rank):
             if worker.is_alive():
                 late.append(f"{process_name(rank, self._members)} (pid {worker.pid})")
         sys.stderr.write(

@@ -129,6 +129,15 @@ def test_validations_by_the_clock_are_refused(trainer_with: MakeTrainer) -> None
         trainer.fit(Classifier(), stream(0, 2), stream(0, 2))
 
 
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_a_full_model_for_one_host_of_several_is_refused(start_method: Any, trainer_with: MakeTrainer) -> None:
+    """The other host's main process ended with an AttributeError, behind the training."""
+    at_first: dict[str, Any] = {"evaluate_on": "first", "full_model_on": "first"}
+    trainer = trainer_with(ResISTStrategy(start_method=start_method, **at_first), num_nodes=2)
+    with pytest.raises(ValueError, match=rf"full_model_on='first' with start_method='{start_method}' on 2 hosts"):
+        trainer.fit(Classifier(), stream(0, 2))
+
+
 @pytest.mark.parametrize(
     ("strategy", "reason"),
     [

@@ -18,7 +18,7 @@ def test_workers_that_do_not_stop_within_the_limit_are_named_and_waited_for_no_m
     number: signal.Signals, error: type[BaseException], capfd: Any
 ) -> None:
     passed_on: list[int] = []
-    forwarder = Forwarder(passed_on.append, limit=0.0)
+    forwarder = Forwarder(passed_on.append, limit=0.0, first_rank=4)  # on the third of several hosts
 
     def wait() -> None:
         with forwarder.waiting(None):
@@ -29,7 +29,7 @@ def test_workers_that_do_not_stop_within_the_limit_are_named_and_waited_for_no_m
 
     with pytest.raises(error):
         wait()
-    assert f"worker 1 (pid 8): still running 0 s (timeout=) after {number.name}" in capfd.readouterr().err
+    assert f"worker 5 (pid 8): still running 0 s (timeout=) after {number.name}" in capfd.readouterr().err
 
 
 def test_workers_have_until_the_limit_to_end_their_round() -> None:
