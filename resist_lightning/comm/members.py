@@ -82,12 +82,15 @@ def default_collective(device: torch.device | None = None, *, warn: bool = False
 
     Args:
         device: device of the tensors that workers send.
-        warn: whether to warn if there is no group, and torchrun has started other processes.
+        warn: whether to warn if there is no group, and torchrun has started other processes; and if torch compares
+            messages between two workers as if all took part.
     """
     if not group_exists() or dist.get_world_size() == 1:
         if warn and not group_exists():
             _warn_if_others_run()
         return SoloCollective()
+    if warn:
+        _warn_if_messages_are_compared()
     split = members()
     return MemberCollective(split, device) if split is not None else GroupCollective(device)
 
@@ -99,6 +102,18 @@ def _warn_if_others_run() -> None:
         warnings.warn(
             f"this process trains alone, although torchrun has started {processes}: there is no process group. Call "
             "torch.distributed.init_process_group() before you make the Engine.",
+            stacklevel=4,
+        )
+
+
+def _warn_if_messages_are_compared() -> None:
+    # Torch compares the numbers of operations before each collective, and over gloo messages between two count as well.
+    in_detail = dist.get_debug_level() == dist.DebugLevel.DETAIL  # type: ignore[attr-defined]
+    if in_detail and "gloo" in dist.get_backend_config() and dist.get_rank() == 0:
+        warnings.warn(
+            "TORCH_DISTRIBUTED_DEBUG=DETAIL ends a run over gloo with 'Detected mismatch between collectives' as soon "
+            "as workers have sent different numbers of messages to one another, as in a hand-over, which is no error. "
+            "Set it to INFO.",
             stacklevel=4,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+import warnings
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -148,6 +149,20 @@ def test_a_group_of_one_is_no_group():
     assert run_workers(alone, 1) == [[True, True, False, True]]
     assert not group_exists()
     assert isinstance(default_collective(), SoloCollective)
+
+
+def warned_of_detail(worker):
+    """Torch's error came from the first sync of three workers, and blamed them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        default_collective(warn=True)
+        dist.set_debug_level(dist.DebugLevel.DETAIL)
+        default_collective(warn=True)
+    return [str(warning.message).split(" ", 1)[0] for warning in caught]
+
+
+def test_a_debug_level_that_would_end_the_run_is_named_once():
+    assert run_workers(warned_of_detail, 2) == [["TORCH_DISTRIBUTED_DEBUG=DETAIL"], []]
 
 
 def rejoin(worker, port):
