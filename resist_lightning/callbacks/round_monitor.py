@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resist_lightning.checks.alignment import Alignment
-from resist_lightning.comm.byte_formulas import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
-from resist_lightning.comm.tensors import averaged_bytes_by_type
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS, ddp_bytes
 from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.resist.layout import BlockLayout
@@ -174,10 +173,6 @@ class RoundMonitor(Callback):
         full = sum(parameter.numel() for parameter in parameters)
         shared = [tensor for tensor in layout.shared.values() if isinstance(tensor, nn.Parameter)]
         # Bytes of the alternatives for the same steps: local SGD averages buffers too, DDP gradients only.
-        changing, tensors = layout.changing(), layout.tensors.registered()
-        averaged = averaged_bytes_by_type(tensor for name, tensor in tensors.items() if name in changing)
-        syncs = clock.round - first.round
-        by_local_sgd = sum(local_sgd_bytes(size, workers, syncs) for size in averaged.values())
         gradients = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
         return {
             "strategy": strategy.strategy_name,
@@ -200,7 +195,7 @@ class RoundMonitor(Callback):
             "sent_bytes": engine.sent_bytes_by_worker,
             "inside_bytes": dict(engine.collective.inside_bytes),  # of worker 0's first process
             "ddp_bytes": ddp_bytes(gradients, workers, clock.total_steps - first.total_steps),
-            "local_sgd_bytes": by_local_sgd // layout.fragment_count,
+            "local_sgd_bytes": layout.local_sgd_bytes(clock.round - first.round) // layout.fragment_count,
             "partitions": partitions,
             "neurons": layout.holders_for_summary(rounds),
             "sent_by_round": self._sent_by_round,

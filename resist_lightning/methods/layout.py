@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from resist_lightning.comm.byte_formulas import local_sgd_bytes
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.tensors import KnownTensors, check_tensors
+from resist_lightning.comm.tensors import KnownTensors, averaged_bytes_by_type, check_tensors
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps
 from resist_lightning.schedule.progress import Clock
@@ -238,6 +239,12 @@ class Layout(LayoutAbilities, ABC):
         """
         parameters = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         return parameters | {name for name, _ in self.module.named_buffers()} | self.written
+
+    def local_sgd_bytes(self, syncs: int) -> int:
+        """Bytes that a worker would send in so many syncs if nothing was divided and compressed."""
+        changing, tensors = self.changing(), self.tensors.registered()
+        sizes = averaged_bytes_by_type(tensor for name, tensor in tensors.items() if name in changing)
+        return sum(local_sgd_bytes(size, self.workers, syncs) for size in sizes.values())
 
     def digest(self) -> int:
         """A number that is the same on workers with the same model and settings."""

@@ -11,6 +11,7 @@ from resist_lightning.errors import BlockSelectionError
 from resist_lightning.inspect import inspect_model, main
 from resist_lightning.methods.resist.config import Config
 from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.overview import costs
 from tests.helpers.nets import MlpBlock, Undeclared, mlp, on_meta, small_preact
 
 
@@ -94,6 +95,14 @@ def test_nothing_is_sent_for_blocks_that_stay():
     assert alone.costs.sent == (0, 0, 0)
     pair = inspect_model(small_preact(), workers=2).costs
     assert 0 < pair.sent[0] < pair.local_sgd
+
+
+def test_what_local_sgd_would_send_is_what_it_sends():
+    """Frozen layers, which are not averaged, counted."""
+    net = mlp(MlpBlock)
+    net.stem.requires_grad_(False)
+    found = costs(BlockLayout(net, Config(blocks=[]), 3))
+    assert found.local_sgd == found.slowest > 0
 
 
 def test_an_example_shows_what_folds_and_what_a_worker_computes():

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resist_lightning.comm.byte_formulas import local_sgd_bytes
-from resist_lightning.comm.tensors import averaged_bytes
 from resist_lightning.methods.residual import Block, BranchEnd, find_blocks, parameters_of
 from resist_lightning.methods.resist.bytes import observation_bytes, sync_bytes
 from resist_lightning.methods.resist.config import default_min_blocks
@@ -163,13 +161,12 @@ def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
             computed = [sum(flops[layout.blocks[index].name] for index in indices) for indices in partition.held]
             everything = sum(flops[block.name] for block in layout.blocks)
             absent += [everything - operations for operations in computed]
-    whole = sum(averaged_bytes(tensor) for tensor in [*layout.module.parameters(), *layout.module.buffers()])
     return Costs(
         parameters=sum(parameter.numel() for parameter in layout.module.parameters()),
         held=(_mean(held), min(held), max(held)),
         sent=(_mean(sent), min(sent), max(sent)),
         slowest=_mean(slowest),
-        local_sgd=local_sgd_bytes(whole, layout.workers, 1) // fragments,
+        local_sgd=layout.local_sgd_bytes(1) // fragments,
         computed=None if flops is None else 1 - _mean(absent) / max(flops[""], 1),
         evaluation=(_mean(evaluation[0]), _mean(evaluation[1])),
         evaluate_on=layout.config.evaluate_on,
