@@ -174,19 +174,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _inspect(module: nn.Module, workers: int, inputs: Sequence[str], given: Mapping[str, Any]) -> Inspection:
     """Inspect a network with the inputs that were given, or else with one that it may take."""
-    if inputs:
-        return inspect_model(module, workers=workers, example=tuple(map(random_input, inputs)), **given)
     found = inspect_model(module, workers=workers, **given)
-    guess = _guessed_input(module)
-    if guess is not None:
-        try:
-            found = inspect_model(module, workers=workers, example=random_input(guess), **given)
-        except BlockSelectionError:
+    guess = None if inputs else _guessed_input(module)
+    shapes = inputs or [shape for shape in (guess,) if shape is not None]
+    if not shapes:
+        return replace(found, note=f"{found.note} Give --input SHAPE.")
+    try:
+        measured = inspect_model(module, workers=workers, example=tuple(map(random_input, shapes)), **given)
+    except BlockSelectionError:
+        print(found, end="\n\n")  # noqa: T201 - its globs are needed to leave a block out
+        raise
+    except ValueError:
+        if guess is None:
             raise
-        except ValueError:
-            return replace(found, note=f"{found.note} {guess} did not fit: give --input SHAPE.")
-        return replace(found, note=f"Measured with an input of {guess}, a guess; give --input SHAPE for another.")
-    return replace(found, note=f"{found.note} Give --input SHAPE.")
+        return replace(found, note=f"{found.note} {guess} did not fit: give --input SHAPE.")
+    if guess is None:
+        return measured
+    return replace(measured, note=f"Measured with an input of {guess}, a guess; give --input SHAPE for another.")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -180,6 +180,21 @@ def test_the_command(capsys, tmp_path):
     assert picture.stat().st_size > 1000
 
 
+class Mixed(Deep):
+    """Its second stage only looks residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage2 = nn.Sequential(*(Plain(8) for _ in range(3)))
+
+
+def test_the_command_shows_the_globs_by_which_a_block_that_is_refused_can_be_left_out(capsys):
+    with pytest.raises(SystemExit, match=r"error: block 'stage2\.1' .* is not residual"):
+        main([f"{__name__}:Mixed", "--input", "2x3"])
+    assert "\nstage1.[!0]*  " in capsys.readouterr().out
+    main([f"{__name__}:Mixed", "--input", "2x3", "--blocks", "stage1.*"])
+
+
 def test_the_command_passes_arguments_to_the_factory(capsys):
     main(["resist_lightning.models:preact_resnet", "depth=14", "--min-blocks", "0", "width_multiplier=0.125"])
     assert "a guess" in capsys.readouterr().out
