@@ -5,7 +5,7 @@
     FOLDER/round=00000012/worker-0-of-3.5f00aa21.pt      shared tensors, its blocks, its random state, its place in
                           worker-1-of-3.9c4711d0.pt      the data; the checksum is in the name
                           worker-2-of-3.11e0c2ff.pt
-           agents.json                                   whose workers may resume from here on their own
+           agents.json                                   whose run this is
 
 At a border every block is whole in the file of some worker, so all files of a round together are the full model, for
 any number of workers: where workers have different values of a tensor (overlap, fragments), it is their mean.
@@ -105,7 +105,7 @@ class SnapshotFolder:
         _remove([self.path / _AGENTS, part_of(self.path / _AGENTS)], self.path)
 
     def agents(self) -> list[int]:
-        """Numbers of the agents whose workers may resume from here by themselves."""
+        """Numbers of the agents whose workers may resume from here by themselves, and the mark of their run."""
         with suppress(OSError, ValueError):
             return [int(number) for number in json.loads((self.path / _AGENTS).read_text())]
         return []
@@ -115,7 +115,7 @@ class SnapshotFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def set_agents(self, agents: Iterable[int]) -> None:
-        """Write down the agents whose workers may resume from here by themselves."""
+        """Write down the numbers for :meth:`agents`."""
         # Atomically: with an empty list, a run that is started again would take its own snapshots for another run's.
         write_text(json.dumps(sorted(agents)) + "\n", self.path / _AGENTS)
 

@@ -251,13 +251,6 @@ def clone_store() -> Store:
     return _get_default_store().clone()
 
 
-def groups_joined() -> int:
-    """Number of groups this process has joined so far."""
-    # A forked process has its parent's counts, too.
-    own = [count for (pid, _, _), count in _groups_joined.items() if pid == os.getpid()]
-    return sum(own)
-
-
 def destroy_group() -> None:
     """Leave torch.distributed's default group. Collective: every worker must call this."""
     dist.destroy_process_group()

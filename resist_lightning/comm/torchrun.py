@@ -71,7 +71,7 @@ def agent(fit: int) -> int:
     """A number that identifies this process's agent and a ``fit`` of its script; 0 without an agent.
 
     Args:
-        fit: its number, counted from 1: a script that is started again comes to the same.
+        fit: its number among those with the same snapshots, from 1: a script that is started again comes to the same.
     """
     if not started_by_torchrun():
         return 0

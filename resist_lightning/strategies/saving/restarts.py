@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from resist_lightning.checkpoint.files import read_file
 from resist_lightning.checkpoint.snapshots import Snapshot, SnapshotFolder, needed, usable
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.group import groups_joined
 from resist_lightning.comm.torchrun import REMEDY, agent, shares_store, started_by_torchrun
 from resist_lightning.errors import CheckpointError, CheckpointNotWritten, process_name
 from resist_lightning.methods.layout import Layout
@@ -22,6 +23,9 @@ from resist_lightning.strategies.options import StrategyOptions
 _ROUNDS_COMPARED = 4  # a worker is at most one round ahead of another, and a folder keeps few
 
 _NO_NUMBER = -1
+
+# Runs that this process has begun with the snapshots of a folder; a forked process has its parent's counts, too.
+_runs: Counter[tuple[int, Path]] = Counter()
 
 
 def check_shrinking(options: StrategyOptions) -> None:
@@ -55,24 +59,35 @@ def check_other_workers(options: StrategyOptions, layout: Layout) -> None:
 
 
 class Restarts:
-    """The snapshots of one ``fit``."""
+    """The snapshots of one ``fit``.
+
+    Args:
+        folder: of the snapshots.
+        options: of the strategy.
+        collective: the workers.
+    """
 
     def __init__(self, folder: Path, options: StrategyOptions, collective: Collective) -> None:
         self.folder = SnapshotFolder(folder)
         self.chosen: Snapshot | None = None
+        self._agent = 0  # of this process, and of this run of it
+        self._claim = 0  # worker 0's mark in the folder
         self._failing = False  # whether the newest snapshot could not be written
         self._options = options
         self._collective = collective
 
     def restarted(self) -> bool:
-        """Whether torchrun has restarted this run, so that it resumes from these snapshots by itself.
+        """Whether torchrun has restarted this run, so that it resumes from these snapshots by itself; called once.
 
         False, after the folder was emptied, if not all workers had written their first snapshot.
 
         Collective: every worker must call this, in the same order.
         """
-        mine = agent(groups_joined())
-        started_again = bool(mine) and mine in self.folder.agents()
+        run = os.getpid(), self.folder.path.resolve()
+        _runs[run] += 1
+        # Not counted among all fits of the script: it may skip those that are complete.
+        self._agent = agent(_runs[run])
+        started_again = bool(self._agent) and self._agent in self.folder.agents()
         snapshots = self.folder.newest_first()
         has_own = any(needed(snapshot, self._collective.worker, self._collective.workers) for snapshot in snapshots)
         rounds = len({snapshot.round for snapshot in snapshots})
@@ -164,7 +179,7 @@ class Restarts:
                 f"snapshots={path!r} has snapshots of a run that did not finish. To resume it: Trainer.fit(..., "
                 f"ckpt_path={path!r}). To start over: remove the folder, or choose another one."
             )
-        agents = self._gather(agent(groups_joined()))
+        agents = self._gather(self._agent)
         failure = self._take_over({number for number in agents if number})
         number = 0 if failure is None else failure.errno or _NO_NUMBER
         # Also a barrier: nobody may write a snapshot before all have claimed the folder.
@@ -183,9 +198,11 @@ class Restarts:
 
         Raises:
             CheckpointNotWritten: if it cannot be written and the settings say ``on_save_error="raise"``.
+            ValueError: in worker 0, if another run writes to the folder.
         """
         if self._collective.member > 0:
             return  # the first member has the state of all
+        self._check_claim()
         worker, workers = self._collective.worker, self._collective.workers
         try:
             self.folder.write(state, round, worker, workers)
@@ -234,12 +251,23 @@ class Restarts:
                 # By every worker: each host may have a folder of its own.
                 self.folder.forget_later(self.chosen.round)
             if self._collective.rank == 0:
-                self.folder.set_agents(agents)
+                self._claim = claim = secrets.randbits(48)
+                self.folder.set_agents({*agents, claim})
             else:
                 self.folder.make()  # a disk that refuses fails here, rather than at the first snapshot
         except OSError as error:
+            self._claim = 0
             return error
         return None
+
+    def _check_claim(self) -> None:
+        """Check that no other run has claimed the folder at the same time, before either had a snapshot in it."""
+        claims = self.folder.agents()
+        if self._claim and claims and self._claim not in claims:
+            raise ValueError(
+                f"snapshots={str(self.folder.path)!r} is written by another run, too, and each replaces the other's "
+                "files. Give each run a folder of its own, such as the trials of a search."
+            )
 
     def _not_written(self, text: str, failure: OSError | None) -> None:
         """Raise, or warn that the training continues without this snapshot; earlier ones stay."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from resist_lightning import CheckpointError, Config
+from resist_lightning.checkpoint.snapshots import SnapshotFolder
+from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.comm.group import destroy_group, group_exists
 from resist_lightning.engine.registry import make_layout
 from resist_lightning.strategies.options import StrategyOptions
@@ -128,6 +131,48 @@ def test_snapshots_of_another_run_are_left_alone(tmp_path: Path) -> None:
 
     run_threads(begin, 2)
     assert len(list(tmp_path.glob("round=*/*.pt"))) == 2
+
+
+def begin_run(folder: Path) -> bool:
+    """Begin a run, and write a snapshot; returns whether it is one that torchrun has restarted."""
+    run = Restarts(folder, StrategyOptions(), SoloCollective())
+    restarted = run.restarted()
+    if restarted:
+        run.choose()
+    run.begin()
+    run.write({}, 1)
+    return restarted
+
+
+def test_a_run_is_found_again_by_its_folder_and_not_by_the_runs_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that skipped a complete `fit` could not resume the next one: it was counted among all."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    first, second = tmp_path / "1", tmp_path / "2"
+
+    def end_first_begin_second() -> tuple[bool, bool]:
+        restarted = begin_run(first)
+        SnapshotFolder(first).remove()
+        return restarted, begin_run(second)
+
+    for begin, expected in ((end_first_begin_second, (False, False)), (lambda: begin_run(second), True),
+                            (end_first_begin_second, (False, True))):  # fmt: skip
+        monkeypatch.setattr("resist_lightning.strategies.saving.restarts._runs", Counter())  # a new process
+        assert begin() == expected
+
+    assert not Restarts(second, StrategyOptions(), SoloCollective()).restarted()  # another run in the same folder
+
+
+def test_of_two_runs_that_begin_in_one_folder_the_first_ends_with_an_error(tmp_path: Path) -> None:
+    """As trials of a search may: each removed the other's files, and a resumed run could mix them, in silence."""
+    first, second = (Restarts(tmp_path, StrategyOptions(), SoloCollective()) for _ in range(2))
+    first.begin()
+    second.begin()
+    second.write({}, 1)
+    with pytest.raises(ValueError, match="is written by another run"):
+        first.write({}, 1)
+    second.write({}, 2)
 
 
 def test_shared_tensors_are_read_from_one_file_however_many_workers_have_written_them(tmp_path: Path) -> None:
