@@ -127,7 +127,8 @@ class CheckpointEvaluator:
             All evaluations, those of earlier calls too.
 
         Raises:
-            ValueError: if ``folder`` is impossible, ``monitor`` is not logged, or results are there by another one.
+            ValueError: if ``folder`` is impossible, ``monitor`` is not logged, results are there by another one, or
+                another evaluator writes results to the same folder now.
             CheckpointError: if it ends without one checkpoint that could be loaded.
         """
         local = local_path(folder)
@@ -135,7 +136,9 @@ class CheckpointEvaluator:
             raise ValueError(f"folder={folder} must be a local folder: an evaluator cannot follow another file system.")
         followed = FollowedFolder(local, local / "evaluations" if self._out is None else Path(self._out))
         data = {"dataloaders": dataloaders, "datamodule": datamodule}
-        return _Following(self._trainer, model, data, followed, self._by).run(self._silence, self._poll_seconds)
+        with followed.alone():
+            following = _Following(self._trainer, model, data, followed, self._by)
+            return following.run(self._silence, self._poll_seconds)
 
 
 class _Following:

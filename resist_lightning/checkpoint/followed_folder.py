@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class FollowedFolder:
 
     Args:
         path: of the training's checkpoints.
-        out: for the evaluator's files; made when they are written.
+        out: for the evaluator's files.
 
     Raises:
         ValueError: if ``path`` is no folder, or has snapshots, which are no full models.
@@ -70,6 +70,22 @@ class FollowedFolder:
         self.best = out / _BEST
         self._rows, self._held = out / _ROWS, out / _HELD
         self._done: set[Version] = set()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other evaluator writes to the same folder, which is made.
+
+        Where the file system has no locks, as on some networks, nothing is checked.
+
+        Raises:
+            ValueError: if another one does so now.
+        """
+        out = self._rows.parent
+        out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as until_the_end:
+            with suppress(ImportError):  # on Windows
+                _lock(out, until_the_end)
+            yield
 
     @property
     def ended(self) -> bool:
@@ -95,7 +111,6 @@ class FollowedFolder:
     def hold(self, file: Version) -> Path | None:
         """Give the file a second name, which stays when the training removes or replaces it; None if it is gone."""
         self.release()
-        self._held.parent.mkdir(parents=True, exist_ok=True)
         source = os.path.realpath(file.path)
         try:
             os.link(source, self._held)
@@ -126,6 +141,23 @@ class FollowedFolder:
     def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace all rows, atomically."""
         write_text("".join(json.dumps(row) + "\n" for row in rows), self._rows)
+
+
+def _lock(out: Path, until: ExitStack) -> None:
+    """Lock a folder; the lock ends with this process, too."""
+    import fcntl
+
+    folder = os.open(out, os.O_RDONLY)
+    until.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another evaluator writes its results to {out} now, and the two would mix their files. End it, or set "
+            "out=FOLDER to a folder of its own."
+        ) from None
+    except OSError:
+        pass  # no locks here
 
 
 def _version(path: Path) -> Version:

@@ -185,6 +185,22 @@ def test_a_file_that_is_removed_while_it_is_evaluated_is_evaluated_to_the_end(fo
     assert [each.step for each in follow(folder, model=Removes())] == [2, 4, 6, 8]
 
 
+def test_a_second_evaluator_with_the_same_folder_of_results_is_refused(folder: Path) -> None:
+    """Each evaluated a file under one name, which the other replaced: results of other checkpoints, in silence."""
+    said: list[str] = []
+
+    class Follows(Line):
+        def on_validation_start(self) -> None:
+            if not said:
+                with pytest.raises(ValueError, match=r"another evaluator writes .* set out=FOLDER") as caught:
+                    follow(folder)
+                said.append(str(caught.value))
+                assert len(follow(folder, out=folder / "other")) == 4
+
+    assert len(follow(folder, model=Follows())) == 4
+    assert str(folder / "evaluations") in said[0]
+
+
 def test_without_a_word_of_the_training_it_ends_after_the_silence(folder: Path) -> None:
     (folder / END_MARKER).unlink()
     with pytest.warns(UserWarning, match=r"No new checkpoint in .* for 0.05 s \(silence\), and no training_ended.json"):
