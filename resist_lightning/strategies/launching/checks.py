@@ -97,7 +97,7 @@ def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_me
             f"start_method={start_method!r} would start workers a second time: {type(environment).__name__} has "
             "started them already. Use start_method='popen' (the strategy's plain name, such as 'resist') there."
         )
-    if _IS_INTERACTIVE and start_method != "fork":
+    if _IS_INTERACTIVE and start_method != "fork" and not environment.creates_processes_externally:
         # Lightning's own error recommends 'ddp_notebook', which would train by DDP.
         raise ValueError(
             f"start_method={start_method!r} cannot start workers from a notebook or an interactive Python. Use the "

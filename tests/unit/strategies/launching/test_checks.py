@@ -252,6 +252,7 @@ def test_in_a_notebook_a_name_of_this_package_is_recommended(
     with pytest.raises(ValueError, match=r"from a notebook .* such as 'resist_notebook', or start_method='fork'"):
         trainer_with(name)
     assert trainer_with(f"{name.removesuffix('_spawn')}_notebook").world_size == 2
+    refuse_launch(External(), CPUAccelerator(), "popen")  # it starts nothing
 
 
 @pytest.fixture
