@@ -123,7 +123,9 @@ def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[
     """
     choices = default_choices(module, trained)
     if not any(choices):
-        possible = [*_paper_rule(module), *repeated_blocks(module)]
+        # Both rules name some blocks; an error names each once, in the order of the network.
+        by_name = {block.name: block for block in [*repeated_blocks(module), *_paper_rule(module)]}
+        possible = list(by_name.values())
         _refuse_untrained(module, possible, trained)
         _refuse_tied(possible, names_of_tensors(module))
         raise BlockSelectionError(
@@ -152,9 +154,10 @@ def _paper_rule(module: nn.Module) -> list[Block]:
 def _refuse_untrained(module: nn.Module, blocks: Sequence[Block], trained: Collection[int] | None) -> None:
     still = untrained(module, blocks, trained)
     if still:
+        why = "it is frozen" if trained is None else "no optimizer has a trainable parameter of it"
         raise BlockSelectionError(
-            f"nothing trains in the network of {summary([block.name for block in still])}, so its blocks stay shared, "
-            "and no others qualify by default. If it will be trained later, say so by naming them: "
+            f"nothing trains in the network of {summary([block.name for block in still])} ({why}), so its blocks stay "
+            "shared, and no others qualify by default. If it will be trained later, say so by naming them: "
             f"blocks={[block.name for block in still][:1]}."
         )
 

@@ -325,6 +325,13 @@ def test_a_network_that_no_optimizer_has_stays_whole():
         select_blocks(distilling(nn.Linear(2, 2), narrow_resnet()))
 
 
+def test_an_optimizer_of_another_module_is_told_apart_from_frozen_blocks():
+    """Blocks that two rules name were listed twice, and nothing was said of optimizers."""
+    net, other = small_preact(), small_preact()
+    with pytest.raises(BlockSelectionError, match=r"the network of section1\.0, section3\.1-4 \(no optimizer has"):
+        select_blocks(net, None, {id(parameter) for parameter in other.parameters()})
+
+
 class Teaches(nn.Module):
     def __init__(self, teacher_first: bool, **frozen: bool) -> None:
         super().__init__()
