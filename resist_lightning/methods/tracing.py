@@ -13,16 +13,21 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 # With the separator at the end, so that torchvision does not match.
 _NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)
+RECOMPUTED = "recomputed"
+"""Key in the `meta` of a node that was traced inside of ``torch.utils.checkpoint``: the number of that call."""
+
+_CHECKPOINT = ("checkpoint", "_checkpoint_impl")  # the functions of torch that call what is to be computed again
 _OF_EVERY_MODULE = frozenset(dir(nn.Module())) - {"training"}
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+(?:\n\s*(?!File ")(\S.*))?')
 
@@ -73,6 +78,7 @@ class ChainTracer(Tracer):
         self.read: dict[tuple[nn.Module, str], None] = {}
         self._leaf = leaf
         self._modes = _modes()
+        self._checkpoints: dict[FrameType, int] = {}
 
     @override
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -80,8 +86,11 @@ class ChainTracer(Tracer):
 
     @override
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with _noting_reads(self.read):
-            return super().trace(root, concrete_args)
+        try:
+            with _noting_reads(self.read):
+                return super().trace(root, concrete_args)
+        finally:
+            self._checkpoints.clear()  # frames keep what was computed in them
 
     @override
     def call_module(
@@ -99,6 +108,9 @@ class ChainTracer(Tracer):
         proxy: fx.Proxy = super().create_proxy(*args, **kwargs)
         if _modes() != self._modes:
             self.unlike.append(proxy.node)
+        frame = _checkpointing()
+        if frame is not None:
+            proxy.node.meta[RECOMPUTED] = self._checkpoints.setdefault(frame, len(self._checkpoints))
         return proxy
 
 
@@ -120,6 +132,17 @@ def _noting_reads(read: dict[tuple[nn.Module, str], None]) -> Iterator[None]:
         del nn.Module.__getattribute__
 
 
+def _checkpointing() -> FrameType | None:
+    """The call of ``torch.utils.checkpoint`` that is running, the innermost one."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in _CHECKPOINT and code.co_filename == torch.utils.checkpoint.__file__:
+            break
+        frame = frame.f_back
+    return frame
+
+
 def _modes() -> tuple[bool, ...]:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in devices))
@@ -138,8 +161,9 @@ def follow(tracer: fx.Tracer, root: nn.Module, prefix: str) -> fx.Graph:
     """
     try:
         with _compiled_as_written(), warnings.catch_warnings():
-            # Backward hooks are not called in a trace, which has no backward pass.
+            # A trace has no backward pass, in which hooks are called and activations are computed again.
             warnings.filterwarnings("ignore", "For backward hooks to be called")
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
             return tracer.trace(root, concrete_args=defaults(root) or None)
     except Exception as error:
         # The innermost module that was being called.

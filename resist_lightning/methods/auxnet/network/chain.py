@@ -17,6 +17,7 @@ from resist_lightning.methods.auxnet.network.attributes import TracedAttributes
 from resist_lightning.methods.auxnet.network.find import check_network, describe, find_network
 from resist_lightning.methods.auxnet.network.forward import network_blocks, trace_network, unchanged, unreached
 from resist_lightning.methods.auxnet.network.graph import Cuts, Unit, build
+from resist_lightning.methods.auxnet.network.recompute import keep_recomputing
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.tracing import names_of_tensors
 
@@ -26,7 +27,7 @@ class Stage(nn.Module):
 
     It reads submodules, parameters and buffers from the network itself, so that it is up to date after they were
     moved or replaced. It never changes its input, not even where a block works in place. Hooks of blocks run; those
-    of the containers around them do not.
+    of the containers around them do not. Activation checkpointing is kept.
 
     Attributes:
         parts: the units.
@@ -37,7 +38,9 @@ class Stage(nn.Module):
         super().__init__()
         self.parts = parts
         self.attributes = attributes
-        self._network = (network,)  # a tuple, so that it is not registered as a submodule
+        # Tuples, so that these are not registered as submodules.
+        self._network = (network,)
+        self._computing = (keep_recomputing(network, parts),)
 
     @property
     def network(self) -> nn.Module:
@@ -48,7 +51,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last unit for ``x``, an input of the first."""
         # With the network as `self`, the generated code finds the network's present tensors.
-        output: Tensor = type(self.parts).forward(self.network, x)
+        output: Tensor = type(self._computing[0]).forward(self.network, x)
         return output
 
 

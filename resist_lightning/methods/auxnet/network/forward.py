@@ -14,6 +14,7 @@ from resist_lightning.methods.auxnet.network.find import describe
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.residual import find_blocks
 from resist_lightning.methods.tracing import (
+    RECOMPUTED,
     CannotTrace,
     ChainTracer,
     defaults,
@@ -174,6 +175,11 @@ def _refuse_state(network: nn.Module, tracer: ChainTracer, name: str, changed: l
     elif constants:
         users = [user for node in constants for user in node.users]
         problem = f"makes a tensor of constants{user_line(users[0]) if users else ''}; register it as a buffer"
+    elif tracer.unlike and RECOMPUTED in tracer.unlike[0].meta:
+        problem = (
+            f"recomputes activations by checkpoint(..., use_reentrant=True){user_line(tracer.unlike[0])}, whose "
+            "backward pass is none that a stage can take; use use_reentrant=False"
+        )
     elif tracer.unlike:
         where = user_line(tracer.unlike[0])
         problem = (

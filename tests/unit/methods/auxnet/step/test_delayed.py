@@ -29,6 +29,15 @@ class Recomputed(TanhBlock):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
+class Recomputing(nn.Sequential):
+    """Blocks with activation checkpointing around each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
 class Tied(TanhBlock):
     """A block with a weight under two names."""
 
@@ -50,6 +59,7 @@ class Training:
     accumulate: int = 1
     warmup_steps: int = 0
     block: type[TanhBlock] = TanhBlock
+    around: bool = False  # activation checkpointing around blocks
     untrained: tuple[int, ...] = ()  # batches without a backward pass
     saved_at: int | None = None  # a batch after which each worker is replaced by one that resumes
     settled: tuple[int, ...] = ()  # batches after which the full model is assembled
@@ -61,7 +71,10 @@ class Training:
     def net(self) -> nn.Module:
         with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
-            return mlp(self.block, width=3).double()
+            net = mlp(self.block, width=3).double()
+        if self.around:
+            net.body = Recomputing(*net.body)
+        return net
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(number)
@@ -167,6 +180,10 @@ def test_a_stage_takes_the_gradient_of_an_earlier_batch_at_weights_ahead(workers
 @pytest.mark.parametrize("block", [Recomputed, Tied])
 def test_both_passes_use_the_same_weights_under_all_their_names(block: type[TanhBlock]) -> None:
     assert_equal(Training(3, block=block))
+
+
+def test_both_passes_use_the_same_weights_where_the_network_recomputes_blocks() -> None:
+    assert_equal(Training(3, around=True))
 
 
 @pytest.mark.parametrize("workers", [2, 3])
