@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.payload import Payload
 from resist_lightning.errors import PartialModelError
 from resist_lightning.methods.auxnet.layout import StageLayout
@@ -21,6 +22,8 @@ from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.transfers import SyncPlan, plan_assembly, plan_sync
 from resist_lightning.state.memory import Memory
 from resist_lightning.state.optimizer_state import OptimizerStates
+
+_ROUNDING = 1e-3  # share of a norm by which workers on unlike machines may differ in a round
 
 
 class StageSync(Sync[StageLayout, SyncPlan]):
@@ -44,6 +47,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         self._history: list[Any] = []
         self._holding = False  # whether the module is this worker's stage alone
         self._forward: Any = None  # the user's forward, if it was set on the object
+        self._warned = False  # of layers outside that differ
         self._guards: list[RemovableHandle] = []
         self.stage_worker: StageWorker | None = None
 
@@ -94,6 +98,38 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
         before, after = self._layout.partition(round), self._layout.partition(round + 1)
         return plan_sync(before, after, left_out)
+
+    @override
+    def start_average(self, plan: SyncPlan) -> Finish:
+        # One worker can tell whether any other's differ, by their mean.
+        mine: dict[str, Tensor] = {}
+        if self._worker == 0 and not self._warned:
+            for name, tensor in self._averaged(plan).items():
+                if isinstance(tensor, nn.Parameter):
+                    mine[name] = tensor.detach().clone()
+        finish = super().start_average(plan)
+
+        def finish_and_compare() -> None:
+            finish()
+            self._warn_if_apart(mine)
+
+        return finish_and_compare
+
+    def _warn_if_apart(self, mine: dict[str, Tensor]) -> None:
+        apart: list[str] = []
+        for name, before in mine.items():
+            mean = self._layout.shared[name].detach()
+            if (mean - before).norm() > _ROUNDING * mean.norm():
+                apart.append(name)
+        if apart:
+            self._warned = True
+            warnings.warn(
+                f"{apart[0]}, outside of the network that is cut, differed between the workers before a handshake, "
+                "which has averaged it: between two handshakes they did not train it alike. Reasons are clipping by "
+                "the norm of a worker's own gradients (clip by value), random numbers that differ between workers, and "
+                "code that depends on the rank.",
+                stacklevel=2,
+            )
 
     @override
     def replicated_tensors(self, round: int) -> dict[str, Tensor]:
