@@ -28,7 +28,7 @@ class Feedback:
         flat = self._flats.get(keys)
         if flat is None:
             sizes = [tensor.numel() for tensor in tensors]
-            flat = torch.zeros(sum(sizes), device=tensors[0].device)
+            flat = torch.zeros(sum(sizes), dtype=torch.float32, device=tensors[0].device)
             pieces = dict(zip(keys, flat.split(sizes), strict=True))
             for key in pieces.keys() & known.keys():
                 pieces[key].copy_(known[key])

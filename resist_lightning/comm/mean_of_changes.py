@@ -63,7 +63,7 @@ class MeanOfChanges:
         entries = sum(map(len, before))
         form, device = self._wire.format, before[0].device
         message = torch.empty(form.groups(entries), form.group_bytes, dtype=torch.uint8, device=device)
-        change = torch.zeros(min(entries, piece_entries(device)), device=device)
+        change = torch.zeros(min(entries, piece_entries(device)), dtype=torch.float32, device=device)
         done = 0
         for rows, places in self._pieces(message, values):
             size = 0
@@ -147,7 +147,7 @@ class MeanOfChanges:
 
     def _decode(self, rows: Tensor, entries: int | None = None) -> Tensor:
         entries = len(rows) * self._wire.format.group if entries is None else entries
-        values = torch.empty(entries, device=rows.device)
+        values = torch.empty(entries, dtype=torch.float32, device=rows.device)
         self._wire.decode_into(values, rows)
         return values
 

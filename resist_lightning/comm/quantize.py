@@ -1,5 +1,8 @@
 """Quantizes parameters to bfloat16 or 2 to 8 bits for sending, and back (supplement A.5 of the paper).
 
+All is computed in float32, by name: the default data type belongs to the whole process, and while a sync runs beside
+the training, a step in Lightning's ``64-true`` or ``bf16-true`` sets another one.
+
 Groups of entries share a scale: with 4 to 8 bits the largest magnitude among 256, with 2 bits the root mean square of
 512. *Changes* are rounded to the nearest value: they shrink with the learning rate, and the steps of the grid with
 them. A block goes to a worker that has no earlier values of it, so its values themselves are sent, rounded up or down
@@ -80,7 +83,10 @@ class Quantizer:
         factor = torch.where(scale > 0, scale.reciprocal(), 0.0)
         steps = grouped * factor
         # Rounding down afterwards gives the nearest, or, after adding noise, the value on average.
-        steps += 0.5 if noise is None else torch.rand(steps.shape, generator=noise, device=steps.device)
+        if noise is None:
+            steps += 0.5
+        else:
+            steps += torch.rand(steps.shape, generator=noise, dtype=steps.dtype, device=steps.device)
         # Codes are not negative, as they are packed without a sign.
         whole, half = divmod(self._zero, 1)
         if half:
@@ -92,7 +98,7 @@ class Quantizer:
 
     def decode(self, message: Tensor, entries: int) -> Tensor:
         """The values of a message, as float32."""
-        values = torch.empty(entries, device=message.device)
+        values = torch.empty(entries, dtype=torch.float32, device=message.device)
         groups = message.view(-1, self.format.group_bytes)
         piece = piece_entries(message.device)
         for target, part in zip(values.split(piece), groups.split(piece // self.format.group), strict=True):
@@ -114,7 +120,7 @@ class Quantizer:
         scale = groups[:, : self.format.scale_bytes].contiguous().view(torch.float32)
         codes = _unpack(groups[:, self.format.scale_bytes :], self.format.bits)
         whole = len(values) == codes.numel()
-        decoded = values.view(codes.shape) if whole else torch.empty(codes.shape, device=values.device)
+        decoded = values.view(codes.shape) if whole else torch.empty_like(codes, dtype=torch.float32)
         decoded.copy_(codes).sub_(self._zero).mul_(scale)
         if not whole:
             values.copy_(decoded.flatten()[: len(values)])

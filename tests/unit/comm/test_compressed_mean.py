@@ -94,6 +94,30 @@ def test_all_end_with_the_same_which_is_the_mean_of_what_was_sent(monkeypatch, n
         assert sent_bytes == {"shared": WIRE_FORMATS[name].mean_bytes(MATRICES, ENTRIES - MATRICES, worker, 3)}
 
 
+def of_given(collective, name, before, after):
+    tensors = [tensor.clone() for tensor in before]
+    mean = CompressedMean(collective, make_quantizer(name))
+    mean.begin(tensors)
+    for tensor, value in zip(tensors, after[collective.worker], strict=True):
+        tensor.copy_(value)
+    mean.average(tensors, "shared")
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["int8", "int2"])
+def test_the_default_data_type_which_a_step_may_set_meanwhile_changes_nothing(name):
+    """With precision="64-true", overlap and wire, workers ended with other weights, by when their steps ran."""
+    before, after = start(), [trained(worker) for worker in range(2)]
+    (expected, _), _ = run_threads(of_given, 2, name, before, after)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            (found, _), _ = run_threads(of_given, 2, name, before, after)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_a_second_round_remembers_in_the_memory_of_the_first_and_counts_from_its_beginning():
     def two_rounds(collective):
         tensors = start()

@@ -54,6 +54,17 @@ def test_rounding_at_random_errs_by_less_than_a_step_and_is_right_on_average(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_default_data_type_changes_nothing(name):
+    x, wire = values(300), make_quantizer(name)
+    expected = wire.through(x, noise_for(0, 0, 0, 0, CPU))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(wire.through(x, noise_for(0, 0, 0, 0, CPU)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_came_out_once_comes_out_the_same_again(name):
     once = make_quantizer(name).through(values(1000))
     torch.testing.assert_close(make_quantizer(name).through(once), once, rtol=1e-6, atol=0)
