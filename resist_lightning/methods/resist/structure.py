@@ -21,6 +21,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NETWORK = 3
 _LIBRARIES = ("torch", "lightning", "typing", "abc")
 _ADDITIONS = ("add", "add_", "addcmul", "add_relu")
+_NO_TENSORS = (ast.Constant, ast.List, ast.ListComp, ast.Tuple)
 
 
 def repeated_blocks(module: nn.Module) -> tuple[Block, ...]:
@@ -173,7 +174,7 @@ def _calls_super(method: ast.FunctionDef) -> bool:
 
 
 def _is_addition(node: ast.AST) -> bool:
-    """Whether a node adds something other than a literal number, which a counter would."""
+    """Whether a node adds tensors, and not a literal number, as a counter would, or a list."""
     if isinstance(node, ast.BinOp):
         added = [node.left, node.right] if isinstance(node.op, ast.Add) else []
     elif isinstance(node, ast.AugAssign):
@@ -183,4 +184,4 @@ def _is_addition(node: ast.AST) -> bool:
         added = node.args if name in _ADDITIONS else []
     else:
         added = []
-    return bool(added) and not any(isinstance(value, ast.Constant) for value in added)
+    return bool(added) and not any(isinstance(value, _NO_TENSORS) for value in added)

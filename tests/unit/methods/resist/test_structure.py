@@ -29,6 +29,15 @@ class Counts(Chain):
         return super().forward(x)
 
 
+class JoinsLists(Chain):
+    """Adds lists of tensors only, as the trees of DLA do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [x]
+        outputs += [super().forward(x)]
+        return outputs[-1]
+
+
 class Adds(Chain):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -113,7 +122,7 @@ def names(module: nn.Module) -> list[str]:
     return [block.name for block in repeated_blocks(module)]
 
 
-@pytest.mark.parametrize("kind", [Chain, Counts, Replaces, lambda: nn.Linear(4, 4), nn.ReLU])
+@pytest.mark.parametrize("kind", [Chain, Counts, JoinsLists, Replaces, lambda: nn.Linear(4, 4), nn.ReLU])
 def test_twins_that_add_nothing_are_no_blocks(kind) -> None:
     assert names(nn.Sequential(kind(), kind(), kind())) == []
 
