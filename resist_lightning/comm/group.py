@@ -44,7 +44,8 @@ StoreConnection: TypeAlias = Store
 
 _stores: dict[tuple[int, str, int], Store] = {}
 _store_sockets: set[str] = set()
-_groups_joined: Counter[tuple[int, str, int]] = Counter()
+# By the number of workers, too: one that tests alone in between must not lose count of the others' groups.
+_groups_joined: Counter[tuple[int, str, int, int]] = Counter()
 
 
 def join_group(
@@ -106,7 +107,7 @@ def _join(
 ) -> None:
     # By process, as a forked one must not use its parent's connection.
     key = (os.getpid(), address, port)
-    name = next_group(address, port)
+    name = next_group(address, port, workers)
     if key not in _stores:
         # Where torch's rendezvous looks for them.
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
@@ -115,7 +116,7 @@ def _join(
             _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
     store = _stores[key]
     store.set_timeout(timeout)
-    _groups_joined[key] += 1  # also after a failure: the next attempt must not find this one's addresses
+    _groups_joined[(*key, workers)] += 1  # also after a failure: the next attempt must not find this one's addresses
     own = PrefixStore(f"resist_lightning/{name}", store)
     if workers > 1:
         check_hosts(PrefixStore("hosts", own), worker, workers, nccl=backend in NCCL)
@@ -222,13 +223,13 @@ def second_group() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, made)
 
 
-def next_group(address: str, port: int) -> str:
-    """The name of the group that this process will join next through a store; the same on all workers.
+def next_group(address: str, port: int, workers: int) -> str:
+    """The name of the group of so many workers that this process will join next through a store; the same on all.
 
     Raises:
         RuntimeError: if torchrun has restarted the workers in a way that leaves no such name.
     """
-    return f"{attempt()}/{_groups_joined[os.getpid(), address, port] + 1}"
+    return f"{attempt()}/{workers}/{_groups_joined[os.getpid(), address, port, workers] + 1}"
 
 
 def connect_to_store(address: str, port: int, timeout: timedelta) -> StoreConnection:

@@ -60,9 +60,9 @@ class StartWatch:
 
     def __enter__(self) -> StartWatch:
         self._before = open_sockets()
-        attempt, _, number = next_group(*self._where).rpartition("/")
+        group, _, number = next_group(*self._where, self._workers).rpartition("/")
         # The group before it: a process that was in it and has ended since will never come.
-        self._prefix, self._earlier = (f"{_FOLDER}/{attempt}/{each}" for each in (int(number), int(number) - 1))
+        self._prefix, self._earlier = (f"{_FOLDER}/{group}/{each}" for each in (int(number), int(number) - 1))
         if self._workers > 1:
             self._thread.start()
         return self

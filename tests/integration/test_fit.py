@@ -21,6 +21,7 @@ from tests.helpers.trainers import (
     QUIET,
     fit,
     make_strategy,
+    make_trainer,
     run_trainers_and_by_hand,
     traces,
     train_by_hand,
@@ -124,6 +125,8 @@ def by_trainer(worker: int, case: Case) -> dict[str, Any]:
     identities = [id(parameter) for parameter in module.parameters()]
     strategy = make_strategy(case.face, **case.options)
     trainer = fit(worker, module, case.epoch, strategy, max_epochs=-1, max_steps=case.steps, callbacks=[watcher])
+    if worker == 0:  # the others' next group, for messages, was waited for until the timeout then
+        make_trainer(make_strategy(case.face), devices=1).test(case.module(), held_out(worker), verbose=False)
     changed = {key for key in before.keys() | os.environ.keys() if before.get(key) != os.environ.get(key)}
     return {
         "state": clone_state(module),

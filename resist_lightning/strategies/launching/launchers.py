@@ -61,24 +61,32 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             return function(*args, **kwargs)
 
     def _check_numbers(self) -> None:
-        """Refuse a later Trainer of a script with other numbers: each process runs the script, and there are no more.
+        """Refuse a later Trainer of a script for which there are too few processes, or in which this one has no place.
 
         Raises:
             ValueError: with both pairs of numbers, and the way out.
         """
+        environment = self.cluster_environment
+        if type(environment) is not LightningEnvironment:
+            return
         own = self.num_processes, self.num_nodes
-        first = not self.cluster_environment.creates_processes_externally
+        first = not environment.creates_processes_externally
         in_worker = os.environ.get(PARENT) == str(os.getppid())
         if first or (in_worker and ScriptLauncher._numbers is None):
             ScriptLauncher._numbers = own
-        known = ScriptLauncher._numbers
-        if known in (None, own) or type(self.cluster_environment) is not LightningEnvironment:
+        started = ScriptLauncher._numbers
+        if started in (None, own):
             return
-        assert known is not None
+        assert started is not None
+        rank = environment.node_rank() * own[0] + environment.local_rank()
+        # Fewer are right in worker 0 alone, behind `if trainer.is_global_zero`.
+        if own[1] == 1 and own[0] <= started[0] and rank < own[0]:
+            return
         raise ValueError(
-            f"Trainer(devices={own[0]}, num_nodes={own[1]}) would train in the processes of this script, which its "
-            f"first Trainer has started for devices={known[0]}, num_nodes={known[1]}. Give all Trainers of the script "
-            "the same numbers, or all of them start_method='spawn', whose workers end with each run."
+            f"Trainer(devices={own[0]}, num_nodes={own[1]}) does not fit the processes of this script (this is rank "
+            f"{rank}): its first Trainer has started them for devices={started[0]}, num_nodes={started[1]}. Give all "
+            "Trainers of the script the same numbers; test in one process by `if trainer.is_global_zero:` and "
+            "devices=1; or give all of them start_method='spawn', whose workers end with each run."
         )
 
     @override

@@ -19,7 +19,7 @@ from resist_lightning.faults.messages import Process, to_line
 from resist_lightning.faults.start_watch import StartWatch
 
 LONG = timedelta(seconds=20)
-PLACE = "resist_lightning/start/0/1"
+PLACE = "resist_lightning/start/0/2/1"
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def wait_for_ever(server: dist.TCPStore) -> None:
     [
         (PLACE, "has ended while the workers were starting"),
         # The group before: worker 0 alone calls `test`, or saves, behind a training.
-        ("resist_lightning/start/0/0", "has ended, and cannot take part in what this process begins now"),
+        ("resist_lightning/start/0/2/0", "has ended, and cannot take part in what this process begins now"),
     ],
 )
 def test_a_worker_that_ends_is_named_and_those_that_wait_for_it_raise(
