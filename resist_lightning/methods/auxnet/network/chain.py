@@ -144,7 +144,7 @@ def find_chain(module: nn.Module, network: str | None = None) -> Chain:
             check_network(module, network)
         name = find_network(module) if network is None else network
         root = module.get_submodule(name)
-        tracer, entry, exit = trace_network(root, name)
+        tracer, entry, exit = trace_network(module, root, name)
         missed = unreached(root, entry.graph)
         # The user may mean another network than the one with all blocks, but must name it.
         if network is None and missed:

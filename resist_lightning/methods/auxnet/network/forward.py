@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,8 +36,8 @@ def unchanged(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, fx.Node]:
-    """Trace the forward of the network. To be called inside :func:`unchanged`.
+def trace_network(module: nn.Module, network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, fx.Node]:
+    """Trace the forward of the network ``name`` of the user's module. To be called inside :func:`unchanged`.
 
     Returns:
         The tracer, and the nodes of the network's input and output.
@@ -64,7 +64,9 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
     for path, value in _attributes(network).items():
         if before.get(path, value) != value:
             changed.append(path)
-    _refuse_state(network, tracer, name, changed, drew=not _equal(random, random_state()))
+    # A hook may leave a value in any part of the module.
+    left = left_behind(module, tracer.graph)
+    _refuse_state(tracer, name, left, changed, drew=not _equal(random, random_state()))
     return tracer, _input(network, tracer.graph, name), _output(tracer.graph, name)
 
 
@@ -164,14 +166,17 @@ def _output(graph: fx.Graph, name: str) -> fx.Node:
     return returned
 
 
-def _refuse_state(network: nn.Module, tracer: ChainTracer, name: str, changed: list[str], *, drew: bool) -> None:
+def _refuse_state(
+    tracer: ChainTracer, name: str, left: Sequence[fx.Node], changed: Sequence[str], *, drew: bool
+) -> None:
     """Refuse a forward with side effects: they would be lost, or frozen as traced."""
     problem = None
-    left = left_behind(network, tracer.graph)
     read = [node for node in tracer.graph.nodes if node.op == "get_attr"]
     constants = [node for node in read if str(node.target).startswith("_tensor_const")]
     if left:
-        problem = f"leaves a value in an attribute{user_line(left[0])}; return it, or let a block keep it"
+        problem = (
+            f"leaves a value in an attribute{user_line(left[0])}, or a hook does; return it, or let a block keep it"
+        )
     elif constants:
         users = [user for node in constants for user in node.users]
         problem = f"makes a tensor of constants{user_line(users[0]) if users else ''}; register it as a buffer"

@@ -199,6 +199,14 @@ def test_a_forward_that_a_graph_would_not_repeat_is_refused():
         assert not hasattr(net, "_tensor_constant0")
 
 
+def test_a_hook_that_keeps_a_value_is_refused_where_a_trace_calls_it():
+    """Of modules around blocks: the module kept a proxy of torch.fx, and loss terms of it became proxies."""
+    owner = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 6), nn.Sequential(MlpBlock(), MlpBlock()))})
+    owner.features = {}
+    owner["net"][1].register_forward_hook(lambda module, given, made: owner.features.update(made=made))
+    assert "its forward leaves a value in an attribute, or a hook does" in refusal(owner)
+
+
 def test_a_forward_that_was_replaced_on_the_object_is_refused():
     net = Blocks()
     net.forward = lambda x: x
