@@ -70,7 +70,7 @@ class Runs:
         # Every run begins with the same random state, for forwards that draw numbers even in evaluation mode.
         self._random = random_state()
         generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        self.x = torch.randn(x.shape, generator=generator, device="cpu").to(x.device, x.dtype)
         self._bypassed: set[str] = set()
         self._bypass_norms_of_the_skip()
 

@@ -116,7 +116,7 @@ def random_weights() -> Weights:
     generator = torch.Generator().manual_seed(0)
 
     def draw(child: nn.Module, name: str, shape: torch.Size) -> Tensor:
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=generator, device="cpu")
         if is_norm(child) and is_scale(name):
             return 1 + 0.2 * noise
         if len(shape) < 2:

@@ -146,6 +146,15 @@ def test_blocks_as_people_write_them(kind: str) -> None:
     assert ends_of(make(), torch.randn(shape)) == expected
 
 
+def test_another_default_device_hides_no_branch() -> None:
+    """After torch.set_default_device("cuda") torch refused the trial's generator, and hooks scaled all blocks."""
+    forward, shape, expected = RESIDUAL["two layers"]
+    x = torch.randn(shape)
+    body = made(forward, x)
+    with torch.device("meta"):
+        assert ends_of(body, x) == expected
+
+
 def test_the_hook_on_a_gated_branch_is_behind_the_gate() -> None:
     x = torch.randn(IMAGE)
     body = made(RESIDUAL["squeeze and excitation at the end"][0], x)
