@@ -135,13 +135,17 @@ def _forward(layout: BlockLayout, example: Any) -> overview.Flops:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, a module is in evaluation mode; modes, random state and torch's settings are as before afterwards."""
+    """Inside, a module is in evaluation mode, without gradients; all is as before afterwards."""
     children = list(module.modules())
     modes = [child.training for child in children]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     # The fused encoder layer is one operation, of which nothing is counted.
     torch.backends.mha.set_fastpath_enabled(False)
     module.eval()
+    for parameter in trained:
+        # Under no_grad a view of it would require a gradient all the same, and torch's counter would look for it.
+        parameter.requires_grad_(False)
     try:
         with random_numbers_apart(), torch.no_grad():
             yield
@@ -149,6 +153,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for child, mode in zip(children, modes, strict=True):
             child.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _describe(example: Any) -> str:

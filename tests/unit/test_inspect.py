@@ -132,6 +132,24 @@ def test_other_choices_are_told_with_what_a_worker_would_hold():
     assert other.held == pytest.approx(again.held[0] / again.parameters)
 
 
+class Token(Deep):
+    """Calls a module with a view of a parameter, as PiT does with its class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.project = nn.Parameter(torch.zeros(6)), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.project(self.token.expand(len(x), -1))
+
+
+def test_a_module_may_be_called_with_a_view_of_a_parameter():
+    """torch's counter of operations ended, and the error said that the network does not take the example."""
+    net = Token()
+    assert inspect_model(net, example=torch.randn(2, 3)).costs.computed is not None
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
 def test_the_network_is_left_as_it_is():
     net = mlp(Folding).train()
     net[0].eval()
