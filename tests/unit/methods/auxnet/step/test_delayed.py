@@ -309,6 +309,22 @@ def test_weights_that_change_within_a_step_are_refused_where_gradients_are_late(
     assert "delay=0 or method='penalty'" in refused
 
 
+def rounded(collective: ThreadCollective, training: Training) -> bool:
+    staged = make_staged(collective, training.net(), training.config, training.batch(0)[0])
+    for number in range(2):
+        x, y = training.batch(number)
+        training.loss(staged.worker(x), y).backward()
+        with torch.no_grad():
+            for parameter in staged.net.parameters():
+                parameter.nextafter_(2 * parameter)
+    return True
+
+
+def test_weights_that_return_from_a_validation_with_an_error_of_rounding_are_not_refused() -> None:
+    """As those of schedule-free optimizers do."""
+    assert run_threads(rounded, 2, Training(accumulate=2))[0] == [True, True]
+
+
 class Keeping(TanhBlock):
     """A block that keeps its output."""
 
