@@ -123,9 +123,9 @@ def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:
 
 
 def mean_state(values: list[Any]) -> Any:
-    """The mean of optimizer state: of tensors, or of Python numbers in their own type."""
+    """The mean of optimizer state: of tensors, by :func:`mean_or_maximum`, or of Python numbers in their own type."""
     if isinstance(values[0], Tensor):
-        return torch.stack(values).mean(0)
+        return mean_or_maximum(values)
     mean = sum(values) / len(values)
     return mean if isinstance(values[0], float) else type(values[0])(round(mean))
 

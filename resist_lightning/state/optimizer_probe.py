@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from resist_lightning.comm.group import messages_sent
+from resist_lightning.comm.tensors import computable, is_continuous
 from resist_lightning.state.optimizer_twin import (
     Kind,
     Numbers,
@@ -166,9 +167,9 @@ def _slot(small: Tensor, value: Any, shifted: Any) -> Slot | None:
         return None
     shaped = value.dim() > 0
     copies = False
-    if shaped and isinstance(shifted, Tensor):
+    if shaped and isinstance(shifted, Tensor) and is_continuous(value.dtype):
         # The shifted trial had weights that are larger by 1000: a copy follows them, a momentum hardly changes.
-        copies = bool(((shifted - value).abs() > 500).any())
+        copies = bool(((computable(shifted) - computable(value)).abs() > 500).any())
     return Slot(shaped, value.dtype, value.device, copies_weights=copies)
 
 

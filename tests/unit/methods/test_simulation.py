@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from resist_lightning import Config, NeuronConfig, NeuronSimulator, Simulator
+from resist_lightning.methods.simulation import mean_state
 from tests.helpers.training import assert_equal_states
 
 RATE = 0.01  # learning rate of the bias, once it trains
@@ -48,3 +49,8 @@ def simulate(kind: str, *, added: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["neurons", "all shared"])
 def test_a_parameter_group_may_be_added_in_the_training(kind: str) -> None:
     assert_equal_states(simulate(kind, added=True), simulate(kind, added=False), exactly=True)
+
+
+def test_of_state_without_a_mean_the_maximum_is_taken_as_workers_do() -> None:
+    assert mean_state([torch.tensor([True, False]), torch.tensor([False, False])]).tolist() == [True, False]
+    assert mean_state([torch.tensor([1.0]), torch.tensor([2.0])]).tolist() == [1.5]

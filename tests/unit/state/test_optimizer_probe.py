@@ -85,6 +85,21 @@ def test_what_an_optimizer_has_of_its_own_is_there_in_a_trial_and_untouched_by_i
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float8_e4m3fn])
+def test_state_of_any_data_type_is_tried(dtype):
+    """Torch subtracts neither booleans nor floats of 8 bits, which ended the trial."""
+
+    class Small(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["small"] = p.grad.to(dtype)
+
+    module = small_preact()
+    states = OptimizerStates([Small(module.parameters(), lr=0.1)])
+    states.check_travel()
+    assert {tensor.dtype for tensor in states.tensors(module.parameters())} == {dtype}
+
+
 def test_parameters_of_every_number_of_dimensions_are_tried():
     """Muon steps matrices differently from vectors."""
 
