@@ -168,7 +168,7 @@ def tested_checkpoint(cfg: DictConfig, trainer: L.Trainer, earlier: Mapping[Path
     Args:
         cfg: the configuration.
         trainer: after its training.
-        earlier: `last_checkpoints` before its training; beside one of an earlier run Lightning writes last-v1.ckpt.
+        earlier: `last_checkpoints` before its training, of an earlier run.
     """
     saved = trainer.checkpoint_callback
     if cfg.ckpt_path is None or (saved is None and cfg.ckpt_path in ("best", "last")):

@@ -156,7 +156,7 @@ def test_the_same_command_runs_one_plain_process_where_another_run_was(tmp_path:
         (tmp_path / "run" / name).write_text("of another run")
     train(*TINY, "trainer.devices=1", "strategy=single", "ckpt_path=last", f"hydra.run.dir={tmp_path}/run")
     results = read(tmp_path / "run")
-    assert results["checkpoint"] == str(tmp_path / "run" / "checkpoints" / "last-v1.ckpt")
+    assert results["checkpoint"] == str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert not (tmp_path / "run" / "partition.png").exists()
     assert (results["strategy"], results["workers"], results["sent_bytes"]["training"]) == ("single", 1, 0)
     assert results["local_steps"] == math.ceil(180 / 32)
