@@ -6,20 +6,43 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, Protocol
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from lightning.fabric.plugins.environments import (
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.app.build import CONF
 from experiments.harness.cli import readable_errors
 from experiments.harness.settings import ConfigError
+
+LAUNCHERS = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+
+
+def start_time(pattern: str) -> str:
+    """The time for the name of a run's folder: with microseconds for ``-%f``, as runs may start within one second.
+
+    Without them where torchrun, SLURM or the like has started the processes of one run, which share a folder.
+    """
+    several = any(launcher.detect() for launcher in LAUNCHERS)
+    return datetime.now().strftime(pattern.replace("-%f", "") if several else pattern)
+
+
+OmegaConf.register_new_resolver("start_time", start_time, use_cache=True, replace=True)
 
 
 class Check(Protocol):
@@ -42,9 +65,10 @@ def check_command_line(config_name: str, check: Check, arguments: Sequence[str] 
     overrides = [argument for argument in given if argument not in flags]
     added: set[str] = set()
     with readable_errors(), initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        for job, sweep in _jobs(config_name, overrides, multirun=bool(flags)):
+        for number, (job, sweep) in enumerate(_jobs(config_name, overrides, multirun=bool(flags))):
             cfg, accepted = _composed(config_name, job)
-            check(cfg, sweep=sweep)
+            with _as_hydras_job(cfg, number):
+                check(cfg, sweep=sweep)
             added |= {_key(old) for old, new in zip(job, accepted, strict=True) if old != new}
     if arguments is None:  # Hydra reads them next
         sys.argv[1:] = [*flags, *(f"++{each}" if _key(each) in added else each for each in overrides)]
@@ -54,7 +78,7 @@ def _jobs(config_name: str, overrides: Sequence[str], *, multirun: bool) -> Iter
     parsed = _parse(overrides)
     # A file, such as hparams_search, may make it a sweep, so Hydra's own part is composed first.
     single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
-    hydra_node = _composed(config_name, single, hydra=True)[0].hydra
+    hydra_node = _composed(config_name, single)[0].hydra
     sweep = multirun or hydra_node.mode == RunMode.MULTIRUN
     if not sweep:
         yield list(overrides), False
@@ -101,12 +125,28 @@ def _values(override: Override, *, grid: bool) -> list[str]:
     return values
 
 
-def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False) -> tuple[DictConfig, list[str]]:
+@contextmanager
+def _as_hydras_job(cfg: DictConfig, number: int) -> Iterator[None]:
+    """Inside, ``cfg`` is without Hydra's own part, which its values may name, as in the job: ``${hydra:job.num}``."""
+    with read_write(cfg.hydra), open_dict(cfg.hydra):
+        cfg.hydra.job.num, cfg.hydra.job.id = number, str(number)
+        cfg.hydra.runtime.output_dir = "."  # there is none yet
+    told = HydraConfig.instance()
+    told.set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    try:
+        yield
+    finally:
+        told.cfg = None
+
+
+def _composed(config_name: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
     """The configuration, and the overrides that make it: a key that no file has is let through, for the check."""
     wanted = list(overrides)
     for _ in range(len(wanted) + 1):  # Hydra names one unknown key at a time
         try:
-            return compose(config_name, wanted, return_hydra_config=hydra), wanted
+            return compose(config_name, wanted, return_hydra_config=True), wanted
         except (HydraException, OmegaConfBaseException) as error:
             unknown = re.search(r"Could not override '([^']+)'", str(error))
             forced = [_forced(item, unknown.group(1)) for item in wanted] if unknown else wanted

@@ -6,10 +6,14 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 
-from experiments.app.build import check_evaluate, check_follow, check_train
+from experiments.app.build import CONF, check_evaluate, check_follow, check_train
 from experiments.app.launch import check_command_line
 from experiments.harness.settings import ConfigError
 from tests.conf.conftest import configuration
@@ -172,6 +176,38 @@ def test_a_bad_evaluation_is_one_line(name: str, line: str, expected: str, capsy
     message = capsys.readouterr().err
     assert expected in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "strategy.snapshots=${hydra:runtime.output_dir}/snapshots",
+        "-m seed=${hydra:job.num} strategy.local_steps=1,2",
+    ],
+)
+def test_values_may_name_hydras_own(line: str) -> None:
+    """They were refused before the first job, as if they could not be resolved in it."""
+    jobs: list[tuple[Any, ...]] = []
+
+    def check(cfg: DictConfig, *, sweep: bool = False) -> None:
+        check_train(cfg, sweep=sweep)
+        jobs.append((cfg.strategy.snapshots, cfg.seed))
+
+    check_command_line("train", check, line.split())
+    assert jobs == ([(None, 0), (None, 1)] if "-m" in line else [("./snapshots", 0)])
+    assert not HydraConfig.initialized()
+
+
+def test_runs_that_start_within_a_second_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sweeps shared one, and each replaced files of the other's; processes of one run share theirs."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for name in ("train", "evaluate", "follow"):
+            one, other = (compose(name, return_hydra_config=True).hydra for _ in range(2))
+            assert one.run.dir != other.run.dir
+            assert one.sweep.dir != other.sweep.dir
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+        started_by_torchrun = compose("train", return_hydra_config=True).hydra.run.dir
+    assert re.fullmatch(r"runs/[\d-]{10}/\d\d-\d\d-\d\d", started_by_torchrun)
 
 
 def test_the_real_program_ends_with_code_2_and_leaves_no_folder(
