@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -77,7 +78,7 @@ class FitSession:
         position = Position(trainer, keep_loaders=self._may_save_before_batch)
         self.trainer_state = TrainerState(trainer, position)
         self._averages = Averages(trainer, self._running, self.patches)
-        self.checkpoint_callbacks = CheckpointCallbacks(trainer, self.patches)
+        self.checkpoint_callbacks = CheckpointCallbacks(trainer, self.patches, self._at_the_end)
         val_loop = trainer.fit_loop.epoch_loop.val_loop
         self.first = FirstEvaluates(trainer, self._running, self.patches) if config.first_evaluates else None
         if self.first is not None:
@@ -237,6 +238,10 @@ class FitSession:
     def _running(self) -> Engine | None:
         """The engine while it trains."""
         return self.engine if self.engine is not None and self.engine.running else None
+
+    def _at_the_end(self) -> AbstractContextManager[None]:
+        """Entered where callbacks save after an exception: the guard looks no more where all have agreed to stop."""
+        return self._guard.around() if self.signals.acting else nullcontext()
 
     def _may_save_before_batch(self) -> bool:
         due = self.engine is not None and (self.engine.clock.due or self._synced_early)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
-from resist_lightning import CheckpointError, CheckpointNotWritten
+from resist_lightning import CheckpointError, CheckpointNotWritten, WorkerLost
+from resist_lightning.strategies.saving import checkpoint_files
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 from tests.helpers.plain import held_out, stream
 from tests.helpers.small import Small
@@ -246,6 +249,29 @@ def test_a_checkpoint_that_is_refused_after_an_error_is_not_announced(tmp_path: 
     assert [line for line in said if "is not written: after an error no worker" in line]
     assert not [line for line in said if "saved checkpoint to" in line]
     assert list(tmp_path.iterdir()) == []
+
+
+class StopsAndDies(L.Callback):
+    """SIGTERM to worker 1, which is killed when it writes its part of the checkpoint that all save then."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 4:
+            checkpoint_files.write_sealed = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_and_die(worker: int, folder: str) -> None:
+    callbacks = [StopsAndDies(), OnExceptionCheckpoint(folder)]
+    trainer = make_trainer(make_strategy(), max_epochs=1, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(Small(), stream(worker, STEPS))
+
+
+def test_a_worker_that_dies_while_all_save_after_a_signal_is_named(tmp_path: Path) -> None:
+    """The others ended with an error of gloo's."""
+    outcome, _ = run_trainers_to_the_end(stop_and_die, 2, str(tmp_path))
+    assert isinstance(outcome.error, WorkerLost)
+    assert re.search(r"^worker 1 \(host .*\) ended without", str(outcome.error))
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 # Snapshots that cannot be written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,17 +27,28 @@ class CheckpointCallbacks:
     * ``_save_checkpoint`` and ``on_exception``: a file that was not written is neither announced, nor linked to, nor
       uploaded.
 
+    Of all callbacks that save, ``on_exception`` is called inside ``at_the_end()``.
+
+    Args:
+        trainer: of this worker.
+        patches: for as long as the training lasts.
+        at_the_end: makes a context in which a broken connection raises the loss of the worker behind it.
+
     Attributes:
         saving: whether such a callback is saving, which learns of a failure by :class:`Refused`.
     """
 
-    def __init__(self, trainer: pl.Trainer, patches: Patches) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, patches: Patches, at_the_end: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self.saving = False
+        self._at_the_end = at_the_end
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 patches.replace(callback, "_monitor_candidates", self._alike(callback._monitor_candidates))
                 patches.replace(callback, "_save_checkpoint", self._unless_refused(callback._save_checkpoint))
                 patches.replace(callback, "on_exception", self._unannounced(callback.on_exception))
+            patches.replace(callback, "on_exception", self._explained(callback.on_exception))
 
     def _alike(self, candidates: Callable[[pl.Trainer], dict[str, Any]]) -> Callable[[pl.Trainer], dict[str, Any]]:
         """Use worker 0's metrics. Collective: every worker asks for its metrics where a checkpoint may be due."""
@@ -64,6 +76,13 @@ class CheckpointCallbacks:
                 self.saving = announcing
 
         return save_or_warn
+
+    def _explained(self, on_exception: Callable[..., None]) -> Callable[..., None]:
+        def save(*args: Any) -> None:
+            with self._at_the_end():
+                on_exception(*args)
+
+        return save
 
     def _unannounced(self, on_exception: Callable[..., None]) -> Callable[..., None]:
         def save_or_warn(*args: Any) -> None:
