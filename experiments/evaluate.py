@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
         trained = run_config(checkpoint, cfg.run_dir)
         # The machine may be another one than that of the training.
         trained.trainer.accelerator = cfg.accelerator
-        trained.trainer.devices = cfg.devices
+        trained.trainer.devices, trained.trainer.num_nodes = cfg.devices, 1
         strategy = None if is_plain(cfg.strategy) else own_strategy(cfg.strategy, trained.strategy)
         L.seed_everything(cfg.seed, workers=True)
         data = build_data(trained.data)
@@ -103,6 +103,8 @@ def evaluate(
     if options["limit_val_batches"] == 0:
         options["limit_val_batches"] = None
     devices = 1 if strategy is None else cfg.trainer.devices
+    if strategy is not None:
+        options["num_nodes"] = cfg.trainer.num_nodes
     with refused_by_lightning(f"accelerator={cfg.trainer.accelerator} with devices={devices}"):
         trainer = quiet_trainer("auto" if strategy is None else build_strategy(strategy), devices, **options)
     run = trainer.test if split == "test" else trainer.validate

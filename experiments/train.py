@@ -80,12 +80,17 @@ def run(cfg: DictConfig) -> float:
     started = time.perf_counter()
     fit(trainer, module, data)
     wall_seconds = time.perf_counter() - started
-    if not trainer.is_global_zero:  # under torchrun every worker comes here; one of them reports
+    # Under torchrun every worker comes here: all test under a strategy, and one reports.
+    testing = testing_strategy(cfg)
+    reporting = trainer.is_global_zero
+    if not reporting and (testing is None or trainer.interrupted):
         return float("nan")
     if trainer.interrupted:
         raise ConfigError("the training was interrupted; there is nothing to report")
     checkpoint = tested_checkpoint(cfg, trainer, earlier)
-    metrics = evaluate(module, data, cfg, checkpoint=checkpoint, strategy=testing_strategy(cfg))
+    metrics = evaluate(module, data, cfg, checkpoint=checkpoint, strategy=testing)
+    if not reporting:
+        return float("nan")
     write_run(
         Path(cfg.output_dir),
         {

@@ -22,7 +22,7 @@ from experiments.train import build_trainer, cpu_threads
 from resist_lightning import LocalSGDStrategy
 from resist_lightning.methods.ist.partition import draw_neurons
 from tests.conf.conftest import configuration
-from tests.helpers.programs import ROOT, run_module, run_program
+from tests.helpers.programs import ROOT, TORCHRUN, run_module, run_program
 
 SMALL = [
     "model.depth=14", "model.width_multiplier=0.125", "threads=1",
@@ -227,6 +227,14 @@ def test_a_sweep_gives_every_job_its_own_folder_workers_and_results(tmp_path: Pa
         for local_steps in (1, 3)
         for workers in (1, 2)
     }
+
+
+def test_under_torchrun_all_workers_test_where_a_checkpoint_lacks_the_statistics(tmp_path: Path) -> None:
+    """Worker 0 tested alone under the strategy, and waited for the others until the timeout."""
+    strategy = ["strategy=resist", "strategy.start_method=popen", "strategy.batch_norm=batch"]
+    options = [*strategy, *TINY, "trainer.devices=2", f"hydra.run.dir={tmp_path}"]
+    run_module(*TORCHRUN, "-m", "experiments.train", *options, timeout=120)
+    assert 0 <= read(tmp_path)["test"]["accuracy"] <= 1
 
 
 def test_threads_are_given_to_this_process_and_its_workers_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
