@@ -172,7 +172,7 @@ def noise_for(seed: int, round: int, block: int, worker: int, device: torch.devi
 
 def compressible(tensor: Tensor) -> bool:
     """Whether a tensor is compressed: trainable parameters. A frozen one must stay as it is, and buffers are small."""
-    return tensor.requires_grad and tensor.is_floating_point()
+    return tensor.requires_grad and tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def arrange(tensors: Iterable[Tensor]) -> list[Tensor]:

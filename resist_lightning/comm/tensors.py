@@ -54,6 +54,11 @@ def summable(tensor: Tensor) -> Tensor:
     return numbers.to(_SUMMED.get(numbers.dtype, numbers.dtype))
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The data type for sums and differences of tensors of a continuous type: 32 bits where it has fewer."""
+    return torch.promote_types(_SUMMED.get(dtype, dtype), torch.float32)
+
+
 def averaged_bytes(tensor: Tensor) -> int:
     """Payload of an average of the tensor, in bytes."""
     parts = 2 if tensor.is_complex() else 1

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resist_lightning.comm.tensors import is_continuous
+
 STEPS = 3
 """Steps of a trial; some optimizers make a part of their state in the second step."""
 
@@ -43,6 +45,11 @@ def with_inner(optimizer: Optimizer) -> list[Optimizer]:
                 if all(other is not known for known in found):
                     found.append(other)
     return found
+
+
+def _gets_gradients(parameter: Tensor) -> bool:
+    """Whether torch computes gradients in a parameter's data type: not in integers and 8-bit floats."""
+    return is_continuous(parameter.dtype) and parameter.element_size() > 1
 
 
 class Trial:
@@ -98,7 +105,7 @@ class Trial:
 
     def set_gradients(self) -> Tensor:
         """Set all gradients; also a closure for the step."""
-        for parameter in self._parameters:
+        for parameter in filter(_gets_gradients, self._parameters):
             ramp = torch.linspace(1.0, 2.0, parameter.numel(), device=parameter.device)
             gradient = self._gradient * 0.01 * ramp
             parameter.grad = gradient.view(parameter.shape).to(parameter.dtype)
@@ -133,6 +140,9 @@ class Trial:
             sides: tuple[int, ...] = _SIDES[count]
         else:
             sides = (*_MORE_SIDES, *[1] * count)[:count]
+        if not _gets_gradients(parameter):
+            empty = torch.zeros(sides, dtype=parameter.dtype, device=device)
+            return nn.Parameter(empty, requires_grad=False)
         return nn.Parameter(torch.full(sides, 0.5 + self._weight, dtype=parameter.dtype, device=device))
 
 

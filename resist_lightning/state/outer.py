@@ -8,7 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from resist_lightning.comm.tensors import is_continuous
+from resist_lightning.comm.tensors import is_continuous, wide_dtype
 
 
 class OuterState(TypedDict):
@@ -20,8 +20,8 @@ class OuterState(TypedDict):
 
 
 def outer_dtype(tensor: Tensor) -> torch.dtype:
-    """The data type of an outer step: the parameter's own, but 32 bits where it has 16."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    """The data type of an outer step: the parameter's own, but 32 bits where it has fewer."""
+    return wide_dtype(tensor.dtype)
 
 
 def outer_bytes(tensor: Tensor) -> int:

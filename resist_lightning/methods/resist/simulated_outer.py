@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from resist_lightning.comm.quantize import Quantizer, noise_for
+from resist_lightning.comm.quantize import Quantizer, compressible, noise_for
+from resist_lightning.comm.tensors import wide_dtype
 from resist_lightning.methods.residual import Block
 from resist_lightning.methods.resist.config import Config
 from resist_lightning.methods.simulation import flat_of, pieces_of
@@ -46,7 +47,7 @@ class SimulatedOuter:
         if name not in self._start:
             return mean
         rate, momentum = self._rate, self._momentum
-        wide = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        wide = mean.to(wide_dtype(mean.dtype))
         change = self._start[name].to(wide.dtype) - wide
         velocity = momentum * self._velocities.get(name, torch.zeros_like(change)) + change
         self._velocities[name] = velocity
@@ -57,10 +58,9 @@ class SimulatedOuter:
         sources = {transfer.block: transfer.source for transfer in transfers}
         for index, source in sources.items():
             own: dict[str, Tensor] = {}
-            for name in blocks[index].tensors():
-                velocity = self._velocities.get(name)
-                if velocity is not None and velocity.is_floating_point():
-                    own[name] = velocity
+            for name, tensor in blocks[index].tensors().items():
+                if name in self._velocities and compressible(tensor):
+                    own[name] = self._velocities[name]
             if own:
                 flat = flat_of(own)
                 noise = noise_for(self._config.seed, round, len(blocks) + index, source, flat.device)

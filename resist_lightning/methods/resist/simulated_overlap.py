@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from resist_lightning.comm.tensors import is_continuous
+from resist_lightning.comm.tensors import is_continuous, wide_dtype
 from resist_lightning.methods.resist.simulated_momentum import Momenta
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.transfers import SyncPlan
@@ -59,7 +59,7 @@ class SimulatedTransit:
                 if self.waits or arrives:
                     tensor.copy_(self.values[name])
                 elif isinstance(tensor, nn.Parameter) and is_continuous(tensor.dtype):
-                    wide = torch.promote_types(tensor.dtype, torch.float32)
+                    wide = wide_dtype(tensor.dtype)
                     change = self.values[name].to(wide) - self.own[worker][name].to(wide)
                     tensor.copy_(tensor.to(wide) + change)
                 elif block is None or block in moved or block in self.plan.averaged:

@@ -100,6 +100,17 @@ def test_state_of_any_data_type_is_tried(dtype):
     assert {tensor.dtype for tensor in states.tensors(module.parameters())} == {dtype}
 
 
+def test_parameters_that_get_no_gradients_end_no_trial():
+    """Quantized layers that stay as they are, between others that train."""
+    module = small_preact()
+    module.packed = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    module.small = nn.Parameter(torch.zeros(3).to(torch.float8_e4m3fn))
+    states = OptimizerStates([torch.optim.AdamW(module.parameters(), lr=0.1)])
+    states.check_travel()
+    assert states.tensors([module.packed, module.small]) == []
+    assert len(states.tensors(of_block(module))) == 3 * len(of_block(module))
+
+
 def test_parameters_of_every_number_of_dimensions_are_tried():
     """Muon steps matrices differently from vectors."""
 

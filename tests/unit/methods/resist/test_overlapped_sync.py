@@ -83,6 +83,25 @@ def test_layers_that_are_frozen_before_a_sync_begins_take_the_outer_step_of_thei
     assert_threads_train_what_the_simulator_trains(run, 2, overlap=0)
 
 
+class OfBytes(Normed):
+    """A network with parameters of 8 bits, which no optimizer of torch steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for owner in (self, *self.body):
+            owner.small = nn.Parameter(torch.ones(5).to(torch.float8_e4m3fn))
+
+
+def test_parameters_of_8_bits_travel_as_they_are() -> None:
+    """The line before a training, an outer step, and any wire but fp32 ended with an error of torch's."""
+    run = replace(run_of({"min_blocks": 3, "momentum": "keep", "wire": "int8", **OUTER}), net=OfBytes)
+    assert "MB per sync" in BlockLayout(make_model(run), run.config, 2).describe()
+    states, _ = run_threads(trained_in_thread, 2, run)
+    expected = train_simulator(run, 2).full_model().state_dict()
+    for state in states:
+        assert_equal_states(*({name: tensor.float() for name, tensor in each.items()} for each in (state, expected)))
+
+
 STATE_IN_TRANSIT = {"blocks_per_worker": (4, 2, 1), "momentum": "keep", "wire": "int8", "warmup_rounds": 1, **OUTER}
 ROUND = 4
 
