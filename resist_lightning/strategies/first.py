@@ -23,6 +23,7 @@ from resist_lightning.comm.alone import Apart
 from resist_lightning.comm.members import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.config import CommonConfig
+from resist_lightning.strategies.metrics import metrics_of_evaluation
 from resist_lightning.strategies.patches import Patches, after, do_nothing
 
 
@@ -115,7 +116,7 @@ class FirstEvaluates:
         if not self._first:
             self._take(self._tell(None), engine)
             return
-        metrics: Any = trainer._logger_connector.metrics  # before it leaves: pending metrics are reduced here
+        metrics = metrics_of_evaluation(trainer)  # before it leaves: pending metrics are reduced here
         self._apart.leave()
         found = {
             "callback": {} if trainer.sanity_checking else metrics["callback"],

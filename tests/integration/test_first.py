@@ -80,6 +80,11 @@ class Talkative(Classifier):
         self.log("test/loss", functional.cross_entropy(logits, batch[1]), sync_dist=True, batch_size=len(batch[1]))
 
 
+class OfTwoLoaders(Classifier):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+
 class Watch(Callback):
     """Notes this worker's metrics at the end of each validation."""
 
@@ -156,13 +161,13 @@ def train_both(worker: int, folder: str) -> dict[str, Any]:
 
 def train_neurons(worker: int, folder: Path) -> dict[str, Any]:
     """Train IST, whose slices do not fit a full tensor."""
-    module = Classifier("chain")
+    module, watch = OfTwoLoaders("chain"), Watch()
     strategy = make_strategy("ist", min_share=0.5, evaluate_on="first", full_model_on="first")
-    trainer = make_trainer(strategy, max_epochs=2)
-    trainer.fit(module, stream(worker, 4), examples())
+    trainer = make_trainer(strategy, max_epochs=2, callbacks=[watch])
+    trainer.fit(module, stream(worker, 4), [examples(), examples()])
     tested = trainer.test(module, examples())
     trainer.save_checkpoint(folder / "after.ckpt")
-    return {"test": tested, "state": present_state(module)}
+    return {"test": tested, "state": present_state(module), "metrics": watch.metrics}
 
 
 def train_aligned(worker: int, *, validate: bool) -> dict[str, Any]:
@@ -259,8 +264,17 @@ def test_neurons_are_assembled_on_worker_0_too(workers: Any) -> None:
     for other in others:
         assert other["test"] == first["test"]
         assert not other["state"].keys() & {"net.0.weight", "net.3.weight"}
-    loaded = Classifier.load_from_checkpoint(folder / "ist" / "after.ckpt", strict=True)
+    loaded = OfTwoLoaders.load_from_checkpoint(folder / "ist" / "after.ckpt", strict=True)
     assert_equal_states(present_state(loaded), first["state"], exactly=True)
+
+
+def test_the_others_have_its_metrics_of_all_loaders_too(workers: Any) -> None:
+    """Of several loaders they had none, so that early stopping and schedules by these metrics ended the run."""
+    mine, theirs = (each["ist"]["metrics"] for each in workers[0])
+    assert mine == theirs
+    assert len(mine) == 2
+    for metrics in mine:
+        assert {f"val/{kind}/dataloader_idx_{index}" for kind in ("loss", "acc") for index in (0, 1)} == metrics.keys()
 
 
 def test_a_sync_that_is_due_comes_before_a_validation_which_then_averages_nothing(workers: Any) -> None:

@@ -76,20 +76,47 @@ class SavesAsEpochsBegin(L.Callback):
         trainer.save_checkpoint(Path(trainer.default_root_dir, f"{trainer.current_epoch}.ckpt"))
 
 
-def test_a_checkpoint_saved_as_an_epoch_begins_resumes_with_its_first_batch(tmp_path: Path) -> None:
-    """Lightning takes the batches of the epoch before for its own: it was left out, and its schedule stepped twice."""
+class SavesInValidations(L.Callback):
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir, f"{trainer.current_epoch}.ckpt"))
+
+
+class FollowsTheSecond(FollowsTheValidation):
+    """Its rate follows the loss with the second loader of the validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        chosen = super().configure_optimizers()
+        chosen["lr_scheduler"]["monitor"] = "val/loss/dataloader_idx_1"
+        return chosen
+
+
+@pytest.mark.parametrize(
+    ("saves", "made", "loaders"),
+    [(SavesAsEpochsBegin, FollowsTheValidation, 1), (SavesInValidations, FollowsTheSecond, 2)],
+    ids=["as an epoch begins", "in a validation with two loaders"],
+)
+def test_a_checkpoint_saved_in_a_hook_between_two_epochs_resumes_exactly(
+    saves: type[L.Callback], made: type[FollowsTheValidation], loaders: int, tmp_path: Path
+) -> None:
+    """As an epoch begins, Lightning has the batches of the one before: it was left out, and its schedule stepped twice.
+
+    In the other one, the metric of the schedule was not found, and its step was passed over, with a warning.
+    """
 
     def fit(ckpt_path: Path | None, *callbacks: L.Callback) -> tuple[dict[str, Tensor], int, float]:
         L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
-        module = FollowsTheValidation(seed=7)
+        module = made(seed=7)
         trainer = make_trainer(make_strategy(), max_epochs=3, callbacks=[*callbacks], default_root_dir=tmp_path)
         loader = DataLoader(Augmented(), batch_size=4, shuffle=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "the checkpoint was written before the metric")
-            trainer.fit(module, loader, held_out(0), ckpt_path=ckpt_path)
+            trainer.fit(module, loader, [held_out(0)] * loaders, ckpt_path=ckpt_path)
         return clone_state(module), trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]
 
-    unbroken, *numbers = fit(None, SavesAsEpochsBegin())
+    unbroken, *numbers = fit(None, saves())
     for epoch in range(3):
         resumed, *same_numbers = fit(tmp_path / f"{epoch}.ckpt")
         assert same_numbers == numbers

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from resist_lightning.engine.engine import Engine
 from resist_lightning.state.python_numbers import python_numbers
+from resist_lightning.strategies.metrics import metrics_of_evaluation
 from resist_lightning.strategies.saving.data_position import Position
 
 
@@ -64,7 +65,11 @@ class TrainerState:
         if not at_end or self.position.next_is_fetched or not trainer.lightning_module.automatic_optimization:
             return []
         # At the end of the epoch all metrics are those of the epoch; in the validation before it, only its own are.
-        metrics = trainer.callback_metrics if progress.processed == progress.ready else self._metrics_of_validation()
+        metrics: dict[str, Any] = {}
+        if progress.processed == progress.ready:
+            metrics = trainer.callback_metrics
+        elif trainer.validating:
+            metrics = metrics_of_evaluation(trainer)["callback"]
         found: list[list[Any]] = []
         for place, config in enumerate(trainer.lr_scheduler_configs):
             due = config.interval == "epoch" and (trainer.current_epoch + 1) % config.frequency == 0
@@ -72,9 +77,6 @@ class TrainerState:
                 metric = metrics.get(str(config.monitor))
                 found.append([place, None if metric is None else float(metric)])
         return found
-
-    def _metrics_of_validation(self) -> dict[str, Any]:
-        return self._trainer._logger_connector.metrics["callback"] if self._trainer.validating else {}
 
     def _step_passed_over(self, passed_over: list[list[Any]]) -> None:
         configs = self._trainer.lr_scheduler_configs
