@@ -75,10 +75,15 @@ class ChainTracer(Tracer):
         self.ends: dict[fx.Node, str] = {}
         self.calls: dict[str, int] = {}
         self.unlike: list[fx.Node] = []
-        self.read: dict[tuple[nn.Module, str], None] = {}
+        self._reads: dict[tuple[int, str], nn.Module] = {}
         self._leaf = leaf
         self._modes = _modes()
         self._checkpoints: dict[FrameType, int] = {}
+
+    @property
+    def read(self) -> list[tuple[nn.Module, str]]:
+        """The modules, and names of attributes, that the forward reads from them."""
+        return [(module, name) for (_, name), module in self._reads.items()]
 
     @override
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -87,7 +92,7 @@ class ChainTracer(Tracer):
     @override
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         try:
-            with _noting_reads(self.read):
+            with _noting_reads(self._reads):
                 return super().trace(root, concrete_args)
         finally:
             self._checkpoints.clear()  # frames keep what was computed in them
@@ -115,13 +120,14 @@ class ChainTracer(Tracer):
 
 
 @contextmanager
-def _noting_reads(read: dict[tuple[nn.Module, str], None]) -> Iterator[None]:
+def _noting_reads(reads: dict[tuple[int, str], nn.Module]) -> Iterator[None]:
     """Inside, attributes that are read from any module are noted; not those that every module has."""
 
     def note(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
         if name not in _OF_EVERY_MODULE and not isinstance(value, nn.Module | Tensor | MethodType):
-            read[module, name] = None
+            # By identity: the hash of a metric of torchmetrics reads its attributes.
+            reads[id(module), name] = module
         return value
 
     # As torch.fx does with `__getattr__`, which is not asked for attributes that are plain numbers.

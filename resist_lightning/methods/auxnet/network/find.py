@@ -109,7 +109,8 @@ def _trains_before(outer: nn.Module, path: str) -> bool:
         return False
     inner = outer.get_submodule(path)
     # Only modules that contain the submodule are traced into.
-    tracer = ChainTracer(lambda module: module is inner or inner not in module.modules())
+    # By identity: metrics of torchmetrics are equal to any module.
+    tracer = ChainTracer(lambda module: module is inner or all(child is not inner for child in module.modules()))
     try:
         graph = follow(tracer, outer, "")
     except CannotTrace:

@@ -6,6 +6,7 @@ import lightning
 import pytest
 import torchvision
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from resist_lightning.methods.auxnet.network.chain import find_chain
 from tests.helpers.chains import Blocks, in_turn
@@ -39,6 +40,17 @@ class Calls(lightning.LightningModule):
         return x
 
 
+class Gauged(nn.Module):
+    """A layer with a metric of torchmetrics, and a forward that cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.accuracy = nn.Linear(3, 3), MulticlassAccuracy(4)
+
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else x
+
+
 class OnlySteps(lightning.LightningModule):
     def __init__(self, **modules):
         super().__init__()
@@ -51,6 +63,14 @@ class OnlySteps(lightning.LightningModule):
     [
         (Whole, ""),
         (lambda: Calls(net=narrow_resnet()), "net"),
+        # Metrics are modules that read their attributes for a hash, and are equal to any other.
+        (
+            lambda: Calls(
+                stem=nn.Linear(3, 6), net=mlp(MlpBlock), accuracy=MulticlassAccuracy(4), names=["stem", "net"]
+            ),
+            "",
+        ),
+        (lambda: Calls(before=Gauged(), net=mlp(MlpBlock)), ""),
         (lambda: OnlySteps(net=narrow_resnet()), "net"),
         (lambda: OnlySteps(net=small_preact(), loss=nn.CrossEntropyLoss()), "net"),
         (lambda: Calls(backbone=narrow_resnet(), head=nn.Linear(4, 2)), "backbone"),
