@@ -188,7 +188,8 @@ class AuxNetStrategy(SubnetStrategy):
     def _prepare(self, engine: Engine) -> None:
         trainer, module = self._trainer(), self.lightning_module
         assert module is not None
-        outside = [name for name, tensor in engine.layout.shared.items() if tensor.requires_grad]
+        layout: Any = engine.layout
+        outside = [name for name, tensor in layout.outside.items() if tensor.requires_grad]
         if engine.collective.workers > 1 and outside and _clips_by_norm(trainer):
             raise ValueError(
                 f"gradient_clip_val={trainer.gradient_clip_val} clips by the norm of a worker's own gradients, so "

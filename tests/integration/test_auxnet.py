@@ -56,6 +56,30 @@ class HeadOutside(Metered):
         return self.head(super().forward(images))
 
 
+class Itself(Metered):
+    """A module that is the network, with a loss of its own: class weights, and a temperature that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(6)
+            self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in ((192, 8), (8, 8), (8, CLASSES)))
+        self.criterion = nn.CrossEntropyLoss(weight=torch.arange(1.0, 1 + CLASSES))
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = images.flatten(1)
+        for layer in self.layers:
+            hidden = layer(torch.tanh(hidden))
+        return hidden
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.criterion(self(batch[0]) / self.temperature, batch[1])
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+
 class FrozenStart(Metered):
     """A network whose first stage does not train."""
 
@@ -128,6 +152,7 @@ FITS = {
     "a vision transformer of torchvision, guesses by default": Fit(
         TransformerOfTorchvision, strategy={"method": "penalty"}, options={"max_epochs": 1}, steps=5
     ),
+    "the module itself, with parts that its forward leaves to the loss": Fit(Itself, strategy={"cuts": ["layers.0"]}),
     "nothing trained in the first stage, gradients that add up, clipped": Fit(
         FrozenStart,
         strategy={"method": "penalty", "cuts": CUTS[2]},

@@ -35,6 +35,7 @@ class StageLayout(Layout):
         chain: the units that stages consist of; None with one worker.
         cuts: for each boundary, the number of units before it.
         measured: times and shapes of the units.
+        outside: of the shared tensors those that are no part of the network; its others are left unused by its forward.
 
     Raises:
         StageSelectionError: if the network cannot be cut, or has too few cut points for the workers.
@@ -63,6 +64,9 @@ class StageLayout(Layout):
                 self._wanted = self.cuts = _check_number(cuts, config, workers)
         tensors = named_tensors(module)
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in inside}
+        network = named_tensors(self.chain.network).values() if self.chain is not None else ()
+        of_network = set(map(id, network))
+        self.outside = {name: tensor for name, tensor in self.shared.items() if id(tensor) not in of_network}
 
     @override
     def fits_only_some(self) -> str:

@@ -83,7 +83,8 @@ class Chain:
     def names(self, first: int, last: int) -> list[str]:
         """Names in the user's module of the parameters and buffers of the units ``first`` to ``last`` - 1.
 
-        Each tensor of the network belongs to one unit; those that no unit uses belong to the last.
+        Each tensor that the network's forward uses belongs to one unit. The others belong to none: where the network is
+        the user's module itself, its loss may use them.
         """
         self._check_range(first, last)
         return [name for names in self._names[first:last] for name in names]
@@ -184,7 +185,6 @@ def _names_by_unit(module: nn.Module, network: nn.Module, pieces: Sequence[Unit]
         unit_of.update(dict.fromkeys(piece.tensors, number))
     found: list[list[str]] = [[] for _ in pieces]
     for tensor in names_of_tensors(network):
-        # Some worker must have a tensor that no unit uses: the last one.
-        number = unit_of.get(tensor, len(pieces) - 1)
-        found[number].append(names[tensor][0])
+        if tensor in unit_of:
+            found[unit_of[tensor]].append(names[tensor][0])
     return tuple(map(tuple, found))

@@ -100,9 +100,11 @@ def test_what_the_forward_reads_itself_belongs_to_the_unit_that_uses_it():
     assert "position" in chain.names(1, 2)
 
 
-def test_tensors_that_no_unit_uses_belong_to_the_last():
-    chain = find_chain(Blocks(spare=nn.Linear(2, 2)))
-    assert {"position", "mean", "spare.weight", "spare.bias"} <= set(chain.names(2, 3))
+def test_tensors_that_the_forward_does_not_use_belong_to_no_unit():
+    """The loss may use them, on every worker."""
+    module = Blocks(spare=nn.Linear(2, 2))
+    chain = find_chain(module)
+    assert set(module.state_dict()) - set(chain.names(0, 3)) == {"position", "mean", "spare.weight", "spare.bias"}
 
 
 def test_a_tensor_has_its_first_name_in_the_users_module():
