@@ -26,6 +26,7 @@ SUMMARY_FILE = "resist_summary.json"
 RESULTS_FILE = "results.json"
 CURVES_FILE = "csv/metrics.csv"
 REPORT_FILE = "report.txt"
+FOLLOWED = ("training_ended.json", "evaluations/evaluations.jsonl", "evaluations/best.ckpt")  # of follow.py
 PICTURES = ("accuracy.png", "partition.png", "timeline.png", "bytes.png")
 HOLD_ALL = ("single", "ddp", "local_sgd")  # strategies whose workers hold the whole network
 
@@ -42,6 +43,8 @@ def remove_results(folder: Path) -> None:
     """Remove what an earlier run has left in the folder: a run that does not write it anew would report it as its own."""
     for name in (RUN_FILE, SUMMARY_FILE, CLOCK_FILE, CURVES_FILE, RESULTS_FILE, REPORT_FILE, *PICTURES):
         (folder / name).unlink(missing_ok=True)
+    for name in FOLLOWED:
+        (folder / "checkpoints" / name).unlink(missing_ok=True)
 
 
 def write_run(folder: Path, run: Mapping[str, Any]) -> None:

@@ -111,6 +111,7 @@ class FollowedFolder:
     def hold(self, file: Version) -> Path | None:
         """Give the file a second name, which stays when the training removes or replaces it; None if it is gone."""
         self.release()
+        self._held.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
         source = os.path.realpath(file.path)
         try:
             os.link(source, self._held)

@@ -29,6 +29,7 @@ SMALL = [
     "trainer.accelerator=cpu", "callbacks.progress_bar=null", "logger=csv",
 ]  # fmt: skip
 TINY = [*SMALL, "data.limit=20", "data.limit_test=10", "trainer.max_epochs=1"]
+EVALUATED = "checkpoints/evaluations/best.ckpt"
 FORKED = "strategy.start_method=fork"
 
 
@@ -152,12 +153,14 @@ def test_the_same_command_runs_the_other_strategies_with_workers(tmp_path: Path)
 def test_the_same_command_runs_one_plain_process_where_another_run_was(tmp_path: Path) -> None:
     """The other run's rounds and bytes were reported, and its last checkpoint tested."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    for name in ("resist_summary.json", "partition.png", "checkpoints/last.ckpt"):
+    (tmp_path / "run" / "checkpoints" / "evaluations").mkdir()
+    for name in ("resist_summary.json", "partition.png", "checkpoints/last.ckpt", EVALUATED):
         (tmp_path / "run" / name).write_text("of another run")
     train(*TINY, "trainer.devices=1", "strategy=single", "ckpt_path=last", f"hydra.run.dir={tmp_path}/run")
     results = read(tmp_path / "run")
     assert results["checkpoint"] == str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert not (tmp_path / "run" / "partition.png").exists()
+    assert not (tmp_path / "run" / EVALUATED).exists()  # it would be the best one of this run's, too
     assert (results["strategy"], results["workers"], results["sent_bytes"]["training"]) == ("single", 1, 0)
     assert results["local_steps"] == math.ceil(180 / 32)
     assert (tmp_path / "run" / "accuracy.png").exists()
