@@ -71,6 +71,27 @@ def test_a_fit_after_the_evaluation_of_a_checkpoint_counts_its_rounds_from_its_o
     assert rounds == [0, 0, 0, 1, 1]
 
 
+class TakesTheIterator(Small):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        batch, index, _ = next(dataloader_iter)
+        return super().training_step(batch, index)
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_a_step_that_takes_the_iterator_of_the_loader_resumes_at_its_batch(tmp_path: Path) -> None:
+    """It resumed with the first batch of the epoch, in silence."""
+
+    def fit(ckpt_path: Path | None, *callbacks: L.Callback) -> dict[str, Tensor]:
+        L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
+        module = TakesTheIterator()
+        trainer = make_trainer(make_strategy(), max_epochs=1, callbacks=[*callbacks])
+        trainer.fit(module, DataLoader(Augmented(), batch_size=4, shuffle=True), ckpt_path=ckpt_path)
+        return clone_state(module)
+
+    unbroken = fit(None, SavesAt(str(tmp_path), (STOP,)))
+    assert_equal_states(fit(tmp_path / f"{STOP}.ckpt"), unbroken, exactly=True)
+
+
 class SavesAsEpochsBegin(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         trainer.save_checkpoint(Path(trainer.default_root_dir, f"{trainer.current_epoch}.ckpt"))

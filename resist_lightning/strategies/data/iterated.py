@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Generator
+from torch import Generator, Tensor
 from torch.utils.data import IterableDataset
 
 
@@ -38,6 +39,24 @@ def generators(loader: CombinedLoader | None) -> list[Generator]:
             if isinstance(generator, Generator):
                 found[id(generator)] = generator
     return list(found.values())
+
+
+def states_of_generators(loader: CombinedLoader | None) -> list[Tensor]:
+    """The states of its :func:`generators`."""
+    return [generator.get_state() for generator in generators(loader)]
+
+
+def set_generators(loader: CombinedLoader | None, states: Sequence[Tensor]) -> None:
+    """Set the :func:`generators`; not strict, as the loaders of a resumed run may have others."""
+    for generator, state in zip(generators(loader), states, strict=False):
+        generator.set_state(state)
+
+
+def next_batch(fetcher: Any) -> None:
+    """Fetch a batch."""
+    found = next(fetcher)
+    if isinstance(fetcher, _DataLoaderIterDataFetcher):  # it gives the iterator of `training_step(dataloader_iter)`
+        next(found)
 
 
 def order(iterator: Any) -> list[object]:

@@ -23,7 +23,7 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from resist_lightning.state.random_state import Randomness, random_state, set_random_state
-from resist_lightning.strategies.data.iterated import Watched, draws_beside_training, generators, is_running, order
+from resist_lightning.strategies.data import iterated
 from resist_lightning.strategies.finetuning import ModuleModes
 
 
@@ -103,8 +103,7 @@ class Position:
 
     def random_state(self) -> Randomness:
         """State of the global generators, and of those that the user gave to loaders and samplers."""
-        own = [generator.get_state() for generator in generators(self._fit_loop._combined_loader)]
-        return {**random_state(), "loaders": own}
+        return {**random_state(), "loaders": iterated.states_of_generators(self._fit_loop._combined_loader)}
 
     @contextmanager
     def outside_validation(self) -> Iterator[None]:
@@ -119,14 +118,14 @@ class Position:
     def note_iterator(self) -> None:
         """Called just before an iterator is made of new loaders: by the fit loop, or by a hook that asks for them."""
         loader: Any = self._fit_loop._combined_loader
-        if any(is_running(each) for each in loader.flattened):
+        if any(iterated.is_running(each) for each in loader.flattened):
             loader.reset()  # its processes have served another iterator, so their random state is unknown
         self._iterator_made, self._order = self.random_state(), None
 
     def note_made(self) -> None:
         """Called when there are loaders, whether or not they and their iterator have just been made."""
         if self._order is None:  # new ones
-            self._order = order(self._iterator())
+            self._order = iterated.order(self._iterator())
             self._watch_loaders()
 
     def note_fetch(self) -> None:
@@ -165,7 +164,8 @@ class Position:
             self._iterator_made = before
         # A resumed run may end an epoch here: all of its batches are trained, and none is fetched.
         if not self._epoch_loop._num_ready_batches_reached():
-            moved = order(self._iterator()) != self._order  # by a hook that iterated a loader with persistent processes
+            # By a hook that iterated a loader with persistent processes.
+            moved = iterated.order(self._iterator()) != self._order
             if in_mid_epoch:
                 self._skip_trained(fetcher)
             elif not made and (self.pending or moved):
@@ -199,18 +199,17 @@ class Position:
 
     def _set_random_state(self, state: Randomness) -> None:
         set_random_state(state)
-        # Not strict: the resumed run's loaders may have other generators, and files of older versions name none.
-        own = generators(self._fit_loop._combined_loader)
-        for generator, its_state in zip(own, state.get("loaders", []), strict=False):
-            generator.set_state(its_state)
+        # Files of older versions have none.
+        iterated.set_generators(self._fit_loop._combined_loader, state.get("loaders", []))
 
     def _watch_loaders(self) -> None:
         """Wrap combined loaders, to note the random state when a shorter one is begun again."""
         iterator: Any = self._iterator()
         loaders = getattr(iterator, "iterables", [])
-        already = any(isinstance(each, Watched) for each in loaders)
+        already = any(isinstance(each, iterated.Watched) for each in loaders)
         if len(loaders) > 1 and not already:
-            iterator.iterables = [Watched(each, partial(self._begin_again, at)) for at, each in enumerate(loaders)]
+            numbered = enumerate(loaders)
+            iterator.iterables = [iterated.Watched(each, partial(self._begin_again, at)) for at, each in numbered]
 
     def _begin_again(self, loader: int) -> None:
         """Called just before a loader is begun again, within a fetch."""
@@ -276,7 +275,7 @@ class Position:
             known = fetcher.fetched in self._fetched_again
             before = self.random_state()["torch"]
             try:
-                next(fetcher)
+                iterated.next_batch(fetcher)
             except StopIteration:
                 raise RuntimeError(
                     f"the training loader gave {batch} batches, but the checkpoint was written after {batches} of this "
@@ -284,7 +283,7 @@ class Position:
                 ) from None
             drew = not before.equal(self.random_state()["torch"])
             draws |= drew and not known
-        beside_training = any(draws_beside_training(loader) for loader in fetcher.combined_loader.flattened)
+        beside_training = any(iterated.draws_beside_training(loader) for loader in fetcher.combined_loader.flattened)
         if draws and beside_training:
             rank_zero_warn(
                 "the iterable data set draws from torch's global generator in the training process, where dropout "
