@@ -293,7 +293,7 @@ def test_batches_that_part_in_the_second_epoch_are_told_at_its_start(found: Foun
     assert found["a second epoch"] == [(1, 5)] * 2
 
 
-# ------------------------------------------------------------------ other sizes; last batches: test_auxnet_traps
+# ------------------------------------------------------------------ other sizes; last batches: test_auxnet_modules
 
 
 class TwoSizes(Pictures):
