@@ -27,7 +27,7 @@ def as_named_in(module: nn.Module, state: Any) -> Any:
         return _name_in(module, state)
     if isinstance(state, Mapping):
         return {as_named_in(module, key): as_named_in(module, value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
+    if type(state) in (list, tuple):
         return type(state)([as_named_in(module, value) for value in state])
     return state
 
