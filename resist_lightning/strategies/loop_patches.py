@@ -95,7 +95,7 @@ class LoopPatches:
         replace(epoch_loop, "reset", _unless_exact(epoch_loop.reset, position))
         replace(epoch_loop, "on_run_start", after(self._note_trained, epoch_loop.on_run_start))
         replace(epoch_loop, "on_run_start", after(self._accumulate_as_scheduled, epoch_loop.on_run_start))
-        replace(fit_loop, "on_advance_end", after(self._end_resumed_epoch, fit_loop.on_advance_end))
+        replace(fit_loop, "on_advance_end", partial(self._end_epoch, fit_loop.on_advance_end))
 
     @property
     def _trained(self) -> int:
@@ -115,13 +115,25 @@ class LoopPatches:
             if isinstance(callback, GradientAccumulationScheduler):
                 callback.on_train_epoch_start(self._trainer)
 
-    def _end_resumed_epoch(self) -> None:
+    def _end_epoch(self, end: Callable[[], None]) -> None:
         """End a resumed epoch as one that began in this run, if it trained a batch of it, so that it has its metrics.
 
         Lightning skips a ``ReduceLROnPlateau`` at the end of every epoch that is resumed.
         """
-        if self._trained > self._trained_before:
-            self._trainer.fit_loop._restarting = False  # as Lightning does right behind the end
+        fit_loop = self._trainer.fit_loop
+        if not fit_loop._restarting or self._trained == self._trained_before:
+            end()
+            return
+        fit_loop._restarting = False  # as Lightning does right behind the end
+        # A run that resumes from the full model alone lacks metrics of validations before: a warning, not an error.
+        strict = [config for config in self._trainer.lr_scheduler_configs if config.strict]
+        for config in strict:
+            config.strict = False
+        try:
+            end()
+        finally:
+            for config in strict:
+                config.strict = True
 
     def _patch_callbacks(self) -> None:
         # It compares parameters by value, and those of an absent block have none.

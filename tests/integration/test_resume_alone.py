@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,29 @@ def test_a_checkpoint_saved_in_a_hook_between_two_epochs_resumes_exactly(
         resumed, *same_numbers = fit(tmp_path / f"{epoch}.ckpt")
         assert same_numbers == numbers
         assert_equal_states(resumed, unbroken, exactly=True)
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_a_schedule_follows_a_validation_before_the_checkpoint(files: bool, tmp_path: Path) -> None:
+    """The resumed run ended at the end of the epoch: the metric was not available."""
+
+    def fit(ckpt_path: str | None, *callbacks: L.Callback) -> tuple[dict[str, Tensor], float]:
+        L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
+        module = FollowsTheValidation(seed=7)
+        trainer = make_trainer(make_strategy(), max_epochs=1, callbacks=[*callbacks], val_check_interval=3)
+        trainer.fit(module, DataLoader(Augmented(), batch_size=4, shuffle=True), held_out(0), ckpt_path=ckpt_path)
+        return clone_state(module), trainer.optimizers[0].param_groups[0]["lr"]
+
+    unbroken, rate = fit(None, SavesAt(str(tmp_path), (4,)))
+    if files:
+        resumed, its_rate = fit(f"{tmp_path}/4.ckpt")
+        assert its_rate == rate
+        assert_equal_states(resumed, unbroken, exactly=True)
+        return
+    shutil.rmtree(f"{tmp_path}/4.ckpt.workers")
+    missing, passed_over = "own files beside .* are missing", "metric val/loss which is not available"
+    with pytest.warns(UserWarning, match=missing), pytest.warns(RuntimeWarning, match=passed_over):
+        assert fit(f"{tmp_path}/4.ckpt")[1] == pytest.approx(10 * rate)
 
 
 class WholeRounds(L.Callback):

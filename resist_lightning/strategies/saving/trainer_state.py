@@ -43,6 +43,8 @@ class TrainerState:
             # Schedules that follow a metric differ where workers see different values of it.
             "schedules": [python_numbers(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
             "passed_over": self._passed_over(),
+            # A schedule may follow a metric of a validation before this batch. As it is: asking would compute more.
+            "metrics": {name: value.cpu() for name, value in trainer._logger_connector._callback_metrics.items()},
         }
 
     def _accumulates(self) -> bool:
@@ -98,7 +100,10 @@ class TrainerState:
         if state["precision"]:
             trainer.precision_plugin.load_state_dict(state["precision"])
         self._load_schedules(state["schedules"])
-        self._step_passed_over(state.get("passed_over", []))  # earlier versions have not noted it
+        # Earlier versions have noted neither of these.
+        self._step_passed_over(state.get("passed_over", []))
+        for name, value in state.get("metrics", {}).items():
+            trainer._logger_connector._callback_metrics[name] = value.to(trainer.strategy.root_device)
         parameters = dict(trainer.lightning_module.named_parameters())
         for name, gradient in state["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name].device)
