@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -170,8 +170,13 @@ class _Nothing:
 
 
 def _plain(values: Any) -> bool:
-    """Whether torch.load accepts the values with ``weights_only=True``."""
-    return all(isinstance(leaf, Tensor | int | float | str | bytes | None) for leaf in tree_leaves(values))
+    """Whether torch.load accepts the values with ``weights_only=True``: no class of a user's, as a NamedTuple is."""
+    kind = type(values)
+    if kind is dict:
+        return all(_plain(key) and _plain(value) for key, value in values.items())
+    if kind in (list, tuple):
+        return all(map(_plain, values))
+    return kind in (Tensor, int, float, bool, str, bytes, NoneType)
 
 
 def _containers(names: Iterable[str]) -> set[str]:

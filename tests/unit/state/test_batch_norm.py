@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from resist_lightning.checkpoint.files import to_sealed_bytes
 from resist_lightning.models import PreActBlock
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics, recalibrate
 from resist_lightning.state.input_recorder import InputRecorder
@@ -303,3 +307,31 @@ def test_calls_without_gradients_only_are_noted_as_missed():
     checkpoint(net.train(), x, use_reentrant=True).sum().backward()
     assert recorder.missed
     assert not recorder.calls
+
+
+class Images(NamedTuple):
+    images: torch.Tensor
+
+
+class OfImages(Noisy):
+    def forward(self, x, **options):
+        return super().forward(x.images if isinstance(x, Images) else x, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "saved"),
+    [
+        (Images(images(1)[0]), {}, False),
+        (images(1)[0], {"scale": np.float64(2)}, False),
+        (images(1)[0], {"scale": 2.0}, True),
+    ],
+)
+def test_only_inputs_that_a_file_can_hold_are_saved(given, options, saved):
+    """Files with a class of the user's were written, and refused when the run was to resume."""
+    module = OfImages()
+    recorder = InputRecorder(module, 2)
+    module(given, **options)
+    state = recorder.state_dict()
+    recorder.remove()
+    assert (state is not None) == saved
+    torch.load(io.BytesIO(to_sealed_bytes(state)), weights_only=True)
