@@ -26,6 +26,11 @@ _NOT_RECORDED = (
     "batch norm keeps its running statistics: the network was only called without gradients, so no input was recorded "
     "to re-estimate them. Under checkpoint(..., use_reentrant=True) of the whole network use use_reentrant=False."
 )
+_NOT_SAVED = (
+    "the file has no inputs of the network, on which batch norm is re-estimated: they are of a class that files cannot "
+    "hold, or its run did not record them. The first evaluations after the resume have fewer inputs than those of an "
+    "uninterrupted run; the training is exact."
+)
 
 
 class Observation:
@@ -101,6 +106,8 @@ class Observation:
         """Resume in the middle of a round, after :meth:`begin_round`."""
         if self._recorder is not None and own["inputs"] is not None:
             self._recorder.load_state_dict(own["inputs"], self._device)
+        elif self._recorder is not None and self._sync.exchange.collective.rank == 0:
+            warnings.warn(_NOT_SAVED, stacklevel=4)
         self._writes_at_start = self._writes() - own["unsynced"]
 
     def note_weights(self) -> None:
