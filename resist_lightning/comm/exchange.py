@@ -160,16 +160,17 @@ class Exchange:
         ``kind`` is the kind of all bytes; "" counts them as ``merge``, and optimizer state as ``state``.
         Collective: every worker must call this, in the same order; only pairs with a transfer talk.
         """
-        received, _ = self._transfer(plan.merge, payload_of, kind or "merge", kind or "state")
         copies: dict[int, list[list[Tensor]]] = defaultdict(list)
-        for block, tensors in received:
+        for block, tensors in self._transfer(plan.merge, payload_of, kind or "merge", kind or "state")[0]:
             copies[block].append(tensors)
+        merged: list[Tensor] = []
         # When all copies of a block have arrived: a mean of means would be another number.
         for block, others in copies.items():
             own = payload_of(block).tensors
             for tensor, values in zip(own, zip(*others, strict=True), strict=True):
                 mean_into(tensor, values)
-            self.normalise(own)
+            merged += own
+        self.normalise(merged)  # once: it searches the whole module for unit vectors
 
     def hand_over(
         self, plan: SyncPlan, payload_of: Callable[[int], Payload], make_room: Callable[[], None], kind: str = ""
