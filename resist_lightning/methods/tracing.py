@@ -22,6 +22,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from resist_lightning.methods.traced_einops import einops_as_nodes, einops_functions
+
 # With the separator at the end, so that torchvision does not match.
 _NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)
 RECOMPUTED = "recomputed"
@@ -71,7 +73,8 @@ class ChainTracer(Tracer):
     """
 
     def __init__(self, leaf: Callable[[nn.Module], bool]) -> None:
-        super().__init__()
+        # Those that a module has imported by their names.
+        super().__init__(autowrap_functions=tuple(einops_functions().values()))
         self.ends: dict[fx.Node, str] = {}
         self.calls: dict[str, int] = {}
         self.unlike: list[fx.Node] = []
@@ -92,7 +95,7 @@ class ChainTracer(Tracer):
     @override
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         try:
-            with _noting_reads(self._reads):
+            with _noting_reads(self._reads), einops_as_nodes():
                 return super().trace(root, concrete_args)
         finally:
             self._checkpoints.clear()  # frames keep what was computed in them

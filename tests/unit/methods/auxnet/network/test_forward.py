@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import einops
 import pytest
 import torch
+from einops import repeat
+from einops.layers.torch import Rearrange
 from torch import nn
 from torchvision.models import googlenet
 
+from resist_lightning.methods.auxnet.network.chain import find_chain
 from tests.helpers.chains import Blocks, in_turn, refusal
 from tests.helpers.nets import MlpBlock, on_meta
 
@@ -197,6 +201,29 @@ def test_a_forward_that_a_graph_would_not_repeat_is_refused():
         assert net.steps == 0
         assert not hasattr(net, "features")
         assert not hasattr(net, "_tensor_constant0")
+
+
+class ByEinops(Blocks):
+    """Calls functions of einops by their own names and by the package's, and has a layer of einops."""
+
+    def __init__(self):
+        super().__init__(rows=Rearrange("b (one d) -> (b one) d", one=1))
+
+    def forward(self, x):
+        position = repeat(self.position, "d -> b d", b=x.shape[0])
+        x = self.b(self.a(self.rows(self.stem(x)) + position))
+        return self.head(einops.rearrange(self.c(x), "b (d two) -> b (two d)", two=2))
+
+
+def test_functions_and_layers_of_einops_are_traced():
+    net, original = ByEinops(), einops.rearrange
+
+    chain = find_chain(net)
+
+    assert einops.rearrange is original
+    assert chain.units == ("a", "b", "c")
+    x = torch.rand(2, 3)
+    assert torch.equal(chain.stage(1, 3)(chain.stage(0, 1)(x)), net(x))
 
 
 def test_a_hook_that_keeps_a_value_is_refused_where_a_trace_calls_it():
