@@ -1,10 +1,11 @@
 """Accuracy on equal samples: one process, DDP, local SGD and ResIST with 2, 4 and 8 workers; and the paper's ablations.
 
-python experiments/accuracy/run.py folder=PATH                 (all studies; PATH: train/<class>/*, test/<class>/*)
+python experiments/accuracy/run.py folder=PATH                 (all studies; torchvision downloads CIFAR-10 to PATH)
 python experiments/accuracy/run.py main check folder=PATH      (some of them)
-python experiments/accuracy/run.py data=cifar10 folder=PATH    (torchvision downloads CIFAR-10 to PATH)
-python experiments/accuracy/run.py size=quarter folder=PATH    (a quarter of the paper's width, an earlier recipe)
-python experiments/accuracy/run.py size=short folder=PATH      (minutes a training, on images of 16 x 16 pixels)
+python experiments/accuracy/run.py data=folder folder=PATH     (a folder of images: train/<class>/*, test/<class>/*)
+python experiments/accuracy/run.py size=jpeg folder=PATH       (a JPEG copy of CIFAR-10, as such a folder)
+python experiments/accuracy/run.py size=quarter folder=PATH    (the same, a quarter of the paper's width, an earlier recipe)
+python experiments/accuracy/run.py size=short folder=PATH      (the same, minutes a training, images of 16 x 16 pixels)
 python experiments/accuracy/run.py size=smoke out=/tmp/smoke   (seconds, on digits)
 
 Studies: main check design local_steps momentum batch_norm scale wire overlap outer optimizer rates. Options are key=value: see `Options`. A
@@ -43,12 +44,14 @@ RECORDED = (
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(
-        str(tables.RESULTS), "folder of the result files", quarter=str(tables.QUARTER), short=str(tables.SHORT)
-    )
+        str(tables.RESULTS), "folder of the result files",
+        jpeg=str(tables.JPEG), quarter=str(tables.QUARTER), short=str(tables.SHORT),
+    )  # fmt: skip
     data: str = option(
-        "folder", "cifar10 is torchvision's download", choices=("folder", "cifar10", "digits"), smoke="digits"
-    )
-    folder: str | None = option(None, "folder=PATH with train/<class>/* and test/<class>/*")
+        "cifar10", "folder: any folder of images", choices=("folder", "cifar10", "digits"),
+        jpeg="folder", quarter="folder", short="folder", smoke="digits",
+    )  # fmt: skip
+    folder: str | None = option(None, "folder=PATH of the files of CIFAR-10, or with train/<class>/* and test/<class>/*")
     cache_dir: str = option("runs/cache", "folder for decoded images")
     jobs: int = option(2, "cases at a time, one core each", least=1, most=64, smoke=1)
     fresh: bool = option(False, "true measures existing results again")

@@ -13,6 +13,7 @@ from experiments.real_processes import agreement
 from resist_lightning import Config
 
 RESULTS = Path(__file__).parent / "results"
+JPEG = RESULTS / "jpeg"
 QUARTER = RESULTS / "quarter"
 SHORT = RESULTS / "short"
 SETS = {"folder": "CIFAR-10, JPEG copy", "cifar10": "CIFAR-10", "digits": "digits of scikit-learn"}
@@ -230,6 +231,7 @@ STUDIES = {"main": (conditions, summary, main)} | {
 }
 TABLES = (
     page_tables(RESULTS, STUDIES, "accuracy_")
+    | page_tables(JPEG, STUDIES, "accuracy_jpeg_")
     | page_tables(QUARTER, STUDIES, "accuracy_quarter_")
     | page_tables(SHORT, STUDIES, "accuracy_short_")
 )
