@@ -51,7 +51,9 @@ class Options(cli.Command):
         "cifar10", "folder: any folder of images", choices=("folder", "cifar10", "digits"),
         jpeg="folder", quarter="folder", short="folder", smoke="digits",
     )  # fmt: skip
-    folder: str | None = option(None, "folder=PATH of the files of CIFAR-10, or with train/<class>/* and test/<class>/*")
+    folder: str | None = option(
+        None, "folder=PATH of the files of CIFAR-10, or with train/<class>/* and test/<class>/*"
+    )
     cache_dir: str = option("runs/cache", "folder for decoded images")
     jobs: int = option(2, "cases at a time, one core each", least=1, most=64, smoke=1)
     fresh: bool = option(False, "true measures existing results again")
