@@ -22,9 +22,18 @@ def copied(values: Any) -> Any:
 
 
 def recorded(values: Any) -> Any:
-    """Like :func:`copied`, with the copies of GPU tensors in host memory."""
-    copies = copied(values)
-    return tree_map(lambda value: _OnHost(value) if isinstance(value, Tensor) and value.is_cuda else value, copies)
+    """Like :func:`copied`, with the copies of GPU tensors in host memory, where :func:`can_be_pinned`."""
+
+    def one(value: Any) -> Any:
+        on_gpu = isinstance(value, Tensor) and value.is_cuda
+        return _OnHost(value) if on_gpu and can_be_pinned(value) else value
+
+    return tree_map(one, copied(values))
+
+
+def can_be_pinned(tensor: Tensor) -> bool:
+    """Whether a copy may lie in pinned memory: torch refuses that of a sparse tensor, such as a graph's edges."""
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def moved(values: Any, device: torch.device) -> Any:
