@@ -39,8 +39,11 @@ class Background:
 
     def _run(self) -> None:
         try:
-            # None: the stream stays.
-            with torch.no_grad(), torch.cuda.stream(self._stream):
+            if self._stream is not None:
+                # Not by `torch.cuda.stream`, at whose end this thread would return to the first GPU, and CUDA would
+                # take some hundred MB there. This choice ends with the thread.
+                torch.cuda.set_stream(self._stream)
+            with torch.no_grad():
                 self._work()
         except BaseException as error:  # noqa: BLE001  # raised again where it is waited for
             self._error = error

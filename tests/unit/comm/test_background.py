@@ -28,6 +28,15 @@ def test_it_works_while_the_caller_goes_on_and_without_gradients() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_on_a_gpu_it_works_in_the_callers_stream_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where it left that stream, its thread returned to the first GPU, on which CUDA took memory of every worker.
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "set_stream", chosen.append)
+    Background(lambda: None, torch.device("cuda:1")).wait()
+    assert chosen == ["stream of cuda:1"]
+
+
 def test_its_error_is_raised_at_each_wait_and_not_at_leaving() -> None:
     background = Background(lambda: 1 / 0, CPU)  # type: ignore[arg-type, return-value]
     background.leave(10)
