@@ -19,6 +19,12 @@ _NCCL_VARIABLES = {
 }
 
 
+def uses_nccl(backend: str) -> bool:
+    """Whether a backend is NCCL, or has NCCL for some type of device, as ``"cpu:gloo,cuda:nccl"`` has."""
+    names = [part.rpartition(":")[2] for part in backend.lower().split(",")]
+    return any(name in NCCL for name in names)
+
+
 def nccl_variables(given: Mapping[str, str], *, by_torchrun: bool) -> dict[str, str]:
     """The environment variables that a group of NCCL needs and the user has not set.
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store, _world
 from torch.distributed.rendezvous import rendezvous
 
-from resist_lightning.comm.backends import NCCL, nccl_variables
+from resist_lightning.comm.backends import NCCL, nccl_variables, uses_nccl
 from resist_lightning.comm.rendezvous import HostsCannotMeet, await_store, check_hosts, with_port
 from resist_lightning.comm.sockets import cut_connections, open_sockets, recording, recording_group
 from resist_lightning.comm.torchrun import attempt, shares_store, started_by_torchrun
@@ -81,7 +81,7 @@ def join_group(
         RuntimeError: if the workers cannot join one another, with what to check.
     """
     by_torchrun = started_by_torchrun()
-    if backend in NCCL:
+    if uses_nccl(backend):
         os.environ.update(nccl_variables(os.environ, by_torchrun=by_torchrun))
     if worker == 0:
         node = 0  # its host has the store; MPI may give the host another number
@@ -140,7 +140,7 @@ def _port_taken(port: int) -> str:
 
 def _not_joined(backend: str, store: str, worker: int, workers: int, error: RuntimeError) -> str:
     """The message of a failed join, with what to check."""
-    variable = "NCCL_SOCKET_IFNAME" if backend in NCCL else "GLOO_SOCKET_IFNAME"
+    variable = "NCCL_SOCKET_IFNAME" if uses_nccl(backend) else "GLOO_SOCKET_IFNAME"
     return (
         f"rank {worker} of {workers} could not join the others over {backend!r} at {store}: {first_line(str(error))}. "
         "Start all of them with this address, port and number of ranks. Between hosts, every host must reach every "
@@ -180,7 +180,7 @@ def _abort(group: Any) -> None:
 
 
 def _uses_nccl() -> bool:
-    return group_exists() and any(f":{name}" in dist.get_backend_config() for name in NCCL)
+    return group_exists() and uses_nccl(dist.get_backend_config())
 
 
 def messages_sent() -> int:

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from resist_lightning.comm.backends import NCCL, binds
+from resist_lightning.comm.backends import binds, uses_nccl
 from resist_lightning.comm.group import (
     abandon_group,
     abort_nccl,
@@ -48,7 +48,7 @@ class ProcessGroup:
         """
         destroy_abandoned_group()  # of a fit that ended with an error, in this process
         self._owned, self._left = not group_exists(), False
-        if backend in NCCL:
+        if uses_nccl(backend):
             rank_zero_info(
                 "The workers communicate over NCCL, with which this package is not tested on GPUs yet: please report "
                 "problems. process_group_backend='gloo' sends the same numbers through the hosts' memory."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resist_lightning.comm.backends import binds, check_backend, nccl_variables
+from resist_lightning.comm.backends import binds, check_backend, nccl_variables, uses_nccl
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,15 @@ def test_variables_of_the_user_stay_and_the_one_that_torchrun_sets_does_not():
     assert nccl_variables({handling: "1"}, by_torchrun=True)[handling] == "2"
     assert handling not in nccl_variables({handling: "3"}, by_torchrun=True)
     assert handling not in nccl_variables({handling: "1"}, by_torchrun=False)
+
+
+@pytest.mark.parametrize(
+    ("backend", "is_so"),
+    [
+        ("nccl", True), ("nccl2", True), ("NCCL", True), ("cpu:gloo,cuda:nccl", True), ("cuda:nccl-lazy", True),
+        ("gloo", False), ("cpu:gloo,cuda:gloo", False), ("ucc", False),
+    ],
+)  # fmt: skip
+def test_nccl_is_seen_beside_another_backend(backend, is_so):
+    # "cpu:gloo,cuda:nccl" passed for gloo: the variables were not set, and a lost worker ended the others by SIGABRT.
+    assert uses_nccl(backend) is is_so

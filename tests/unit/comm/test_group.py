@@ -26,7 +26,10 @@ def test_a_process_without_a_group_has_sent_nothing():
     assert messages_sent() == 0
 
 
-@pytest.mark.parametrize(("backend", "variable"), [("gloo", "GLOO_SOCKET_IFNAME"), ("nccl", "NCCL_SOCKET_IFNAME")])
+@pytest.mark.parametrize(
+    ("backend", "variable"),
+    [("gloo", "GLOO_SOCKET_IFNAME"), ("nccl", "NCCL_SOCKET_IFNAME"), ("cpu:gloo,cuda:nccl", "NCCL_SOCKET_IFNAME")],
+)
 def test_workers_that_do_not_find_one_another_are_told_what_to_look_at(monkeypatch, backend, variable):
     of_nccl = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",  # by default a lost worker would end this one by SIGABRT
@@ -44,7 +47,7 @@ def test_workers_that_do_not_find_one_another_are_told_what_to_look_at(monkeypat
         join_group(backend, address="127.0.0.1", port=port, worker=1, workers=2, timeout=timedelta(seconds=0.1))
     assert raised.value.__cause__ is not None
     assert not group_exists()
-    assert {name: os.environ[name] for name in of_nccl if name in os.environ} == (of_nccl if backend == "nccl" else {})
+    assert {name: os.environ[name] for name in of_nccl if name in os.environ} == (of_nccl if "nccl" in backend else {})
 
 
 @pytest.fixture
