@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from resist_lightning.comm.group import messages_sent
 from resist_lightning.comm.tensors import computable, is_continuous
 from resist_lightning.state.optimizer_twin import (
+    FIRST_WEIGHT,
     Kind,
     Numbers,
     Trial,
@@ -23,6 +24,8 @@ from resist_lightning.state.optimizer_twin import (
     with_inner,
 )
 from resist_lightning.state.random_state import random_numbers_apart
+
+_NOTHING = 1e-6  # Adamax adds its eps to a maximum that is zero otherwise
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Slot:
         device: where a tensor of one number lives.
         number: the type of a Python number; None for a tensor.
         copies_weights: whether it follows the weights themselves, so that it cannot begin with zeros.
+        begins_filled: whether it begins with other values than zeros, such as Rprop's step sizes.
     """
 
     shaped: bool
@@ -42,6 +46,7 @@ class Slot:
     device: torch.device
     number: type | None = None
     copies_weights: bool = False
+    begins_filled: bool = False
 
     def empty(self, parameter: Tensor, device: torch.device) -> Tensor:
         """Zeros for a parameter; on the meta device only their shape and data type."""
@@ -102,6 +107,7 @@ def probe(optimizer: Optimizer, device: torch.device) -> list[Findings]:
             # State that differs in these depends on the gradients, or copies the weights.
             other_gradient = take_trial_steps(optimizer, device, gradient=-2.0)
             other_weight = take_trial_steps(optimizer, device, weight=1000.0)
+            at_rest = _at_rest(optimizer, device)
     except Exception as error:
         if optimizer.state and isinstance(error, KeyError | AttributeError | TypeError):
             raise ValueError(
@@ -114,7 +120,24 @@ def probe(optimizer: Optimizer, device: torch.device) -> list[Findings]:
             f"{name} communicates with other workers in its step, which would mix their weights between two syncs. "
             "Choose an optimizer that does not."
         )
-    return [_compare(trial, other_gradient, other_weight, place) for place in range(len(optimizers))]
+    found = []
+    for place in range(len(optimizers)):
+        findings = _compare(trial, other_gradient, other_weight, place)
+        if at_rest is not None:
+            _find_filled(findings, at_rest.optimizers[place])
+        found.append(findings)
+    return found
+
+
+def _at_rest(optimizer: Optimizer, device: torch.device) -> Trial | None:
+    """A trial with gradients and weights of zero, after which state has the values that it began with.
+
+    None where such steps fail, as by a division; the optimizer may be sound all the same.
+    """
+    try:
+        return take_trial_steps(optimizer, device, gradient=0.0, weight=-FIRST_WEIGHT)
+    except Exception:  # noqa: BLE001 - whatever the optimizer's code may raise
+        return None
 
 
 def _compare(trial: Trial, gradient: Trial, weight: Trial, place: int) -> Findings:
@@ -140,6 +163,18 @@ def _find_slots(found: Findings, twin: Optimizer, shifted: Optimizer) -> None:
                     slots[name] = slot
                 elif name not in found.odd:
                     found.odd.append(name)
+
+
+def _find_filled(found: Findings, at_rest: Optimizer) -> None:
+    """Find the slots that begin with other values than zeros; ``at_rest`` took steps that leave them as they begin."""
+    for number, group in enumerate(at_rest.param_groups):
+        for small in group["params"]:
+            slots, state = found.slots[number, kind_of(small)], at_rest.state.get(small, {})
+            for name, slot in slots.items():
+                value = state.get(name)
+                if slot.shaped and isinstance(value, Tensor) and is_continuous(value.dtype):
+                    filled = bool((computable(value).abs() > _NOTHING).any())
+                    slots[name] = replace(slot, begins_filled=filled)
 
 
 def _find_numbers(found: Findings, before: Numbers, after: Numbers, otherwise: Numbers) -> None:

@@ -91,7 +91,7 @@ class OptimizerStates:
 
         Raises:
             ValueError: for a slot that is neither a number nor has the shape of its parameter; if ``cut``, for one that
-                is a copy of the weights.
+                is a copy of the weights, or begins with other values than zeros.
         """
         for tracked in self._tracked:
             name, found = type(tracked.optimizer).__name__, tracked.findings
@@ -105,13 +105,10 @@ class OptimizerStates:
                     f"momentum={momentum!r} cannot move {odd!r} of {name}, which has another shape than its parameter; "
                     f"use momentum={instead}."
                 )
-            copies: list[str] = []
-            for slots in found.slots.values():
-                copies += [key for key, slot in slots.items() if slot.copies_weights]
-            if cut and copies:
+            for key, reason in _not_from_zeros(found.slots.values()) if cut else ():
                 raise ValueError(
-                    f"momentum={momentum!r} gives zeros to entries that arrive without state, but {copies[0]!r} of "
-                    f"{name} is a copy of the weights; use momentum={instead}."
+                    f"momentum={momentum!r} gives zeros to entries that arrive without state, but {key!r} of {name} "
+                    f"{reason}; use momentum={instead}."
                 )
 
     def warn_of_counts(self, momentum: str) -> None:
@@ -269,6 +266,16 @@ class OptimizerStates:
                 if parameter.requires_grad and id(parameter) in group_of:
                     group = group_of[id(parameter)]
                     yield parameter, tracked, tracked.slots(group, parameter)
+
+
+def _not_from_zeros(kinds: Iterable[dict[str, Slot]]) -> Iterator[tuple[str, str]]:
+    """Names of the slots that zeros would be wrong for, and the reason in words."""
+    for slots in kinds:
+        for name, slot in slots.items():
+            if slot.copies_weights:
+                yield name, "is a copy of the weights"
+            elif slot.begins_filled:
+                yield name, "begins with other values than zeros"
 
 
 def ids_of_parameters(optimizers: Iterable[Optimizer]) -> set[int]:

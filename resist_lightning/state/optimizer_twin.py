@@ -16,6 +16,9 @@ from resist_lightning.comm.tensors import is_continuous
 STEPS = 3
 """Steps of a trial; some optimizers make a part of their state in the second step."""
 
+FIRST_WEIGHT = 0.5
+"""Weight of the small parameters, before a trial adds its own."""
+
 # Shapes of small parameters by dimension. Long sides, as some optimizers keep less for matrices with short ones.
 _SIDES = ((), (36,), (36, 48))
 _MORE_SIDES = (5, 4, 3, 2)
@@ -143,7 +146,7 @@ class Trial:
         if not _gets_gradients(parameter):
             empty = torch.zeros(sides, dtype=parameter.dtype, device=device)
             return nn.Parameter(empty, requires_grad=False)
-        return nn.Parameter(torch.full(sides, 0.5 + self._weight, dtype=parameter.dtype, device=device))
+        return nn.Parameter(torch.full(sides, FIRST_WEIGHT + self._weight, dtype=parameter.dtype, device=device))
 
 
 def take_trial_steps(optimizer: Optimizer, device: torch.device, gradient: float = 1.0, weight: float = 0.0) -> Trial:

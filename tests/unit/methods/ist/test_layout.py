@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -279,6 +281,27 @@ def test_state_that_cannot_be_cut_with_its_neurons_is_refused_unless_it_restarts
     with pytest.raises(ValueError, match=rf"momentum='{momentum}' cannot .* {make.__name__}.*momentum='reset'"):
         Engine(module, [make(module.parameters())], NeuronConfig(momentum=momentum))
     Engine(module, [make(module.parameters())], NeuronConfig(momentum="reset"))
+
+
+@pytest.mark.parametrize(
+    ("make", "slot"),
+    [
+        (torch.optim.Rprop, "step_size"),
+        (partial(torch.optim.Adagrad, initial_accumulator_value=0.1), "sum"),
+        (torch.optim.Adagrad, None),
+        (torch.optim.Adamax, None),
+        (partial(torch.optim.AdamW, weight_decay=0.5, amsgrad=True), None),
+    ],
+    ids=["Rprop", "filled Adagrad", "Adagrad", "Adamax", "AdamW"],
+)
+def test_state_that_does_not_begin_with_zeros_is_refused_where_entries_arrive_without_it(make, slot):
+    """Zeros made Rprop's steps ten thousand times shorter, and Adagrad's as long as if nothing was accumulated."""
+    module = make_net(Run(NeuronConfig(), 0))
+    states = OptimizerStates([make(module.parameters())])
+    said = f"gives zeros.*'{slot}' of .* begins with other values than zeros.*'reset'"
+    for momentum in ("keep", "travel"):
+        with pytest.raises(ValueError, match=said) if slot else nullcontext():
+            states.check_travel(momentum, "'reset'", cut=True)
 
 
 def test_an_optimizer_that_needs_all_parameters_at_once_is_refused():
