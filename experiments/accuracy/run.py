@@ -2,8 +2,7 @@
 
 python experiments/accuracy/run.py folder=PATH                 (all studies; torchvision downloads CIFAR-10 to PATH)
 python experiments/accuracy/run.py main check folder=PATH      (some of them)
-python experiments/accuracy/run.py data=folder folder=PATH     (a folder of images: train/<class>/*, test/<class>/*)
-python experiments/accuracy/run.py size=jpeg folder=PATH       (a JPEG copy of CIFAR-10, as such a folder)
+python experiments/accuracy/run.py size=jpeg folder=PATH       (a JPEG copy: PATH has train/<class>/*, test/<class>/*)
 python experiments/accuracy/run.py size=quarter folder=PATH    (the same, a quarter of the paper's width, an earlier recipe)
 python experiments/accuracy/run.py size=short folder=PATH      (the same, minutes a training, images of 16 x 16 pixels)
 python experiments/accuracy/run.py size=smoke out=/tmp/smoke   (seconds, on digits)

@@ -61,13 +61,16 @@ class CIFAR10(ImageData):
         super().__init__(Loading(**loading), mean=mean, std=std)
         self.folder = Path(folder)
 
+    def _in_sheets(self) -> bool:
+        return self.from_sheets and has_sheets(self.folder)
+
     def prepare_data(self) -> None:
         """Download; Lightning calls it in one process per host.
 
         Raises:
             ConfigError: the files are not there and cannot be downloaded, as on a host without internet.
         """
-        if self.from_sheets and has_sheets(self.folder):
+        if self._in_sheets():
             return
         name = self.source.__name__
         sheets = f"; or the files of the npm package {PACKAGE}" if self.from_sheets else ""
@@ -81,7 +84,7 @@ class CIFAR10(ImageData):
                 ) from error
 
     def read(self, *, train: bool) -> Images:
-        if self.from_sheets and has_sheets(self.folder):
+        if self._in_sheets():
             return read_sheets(self.folder, train=train)
         data = self.source(str(self.folder), train=train)
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()

@@ -105,7 +105,9 @@ class OptimizerStates:
                     f"momentum={momentum!r} cannot move {odd!r} of {name}, which has another shape than its parameter; "
                     f"use momentum={instead}."
                 )
-            for key, reason in _not_from_zeros(found.slots.values()) if cut else ():
+            unfit = next(_not_from_zeros(found.slots.values()), None)
+            if cut and unfit is not None:
+                key, reason = unfit
                 raise ValueError(
                     f"momentum={momentum!r} gives zeros to entries that arrive without state, but {key!r} of {name} "
                     f"{reason}; use momentum={instead}."
