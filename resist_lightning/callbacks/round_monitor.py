@@ -76,6 +76,7 @@ class RoundMonitor(Callback):
         self._measured_round = -1
         self._batch_start = 0.0
         self._training_seconds = 0.0
+        self._sync_seconds = 0.0  # up to the end of the last batch
         self._sent_by_round: list[list[int]] = []
         self._first: Clock | None = None
         self._seen_round = 0
@@ -96,8 +97,10 @@ class RoundMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start timing the batch."""
-        self._batch_start = time.perf_counter()  # the time of a sync is a part of the batch's
         engine = _engine(trainer)
+        if engine is not None:
+            self._training_seconds += self._seconds_between_batches(engine)
+        self._batch_start = time.perf_counter()  # the time of a sync is a part of the batch's
         if self._first is None and engine is not None:
             # Not in `on_train_start`, which comes before the engine's: a resumed run begins in a later round.
             self._first = copy.copy(engine.clock)
@@ -111,8 +114,7 @@ class RoundMonitor(Callback):
         engine = _engine(trainer)
         if engine is None or not _averages(engine):
             return
-        at_border = engine.clock.step == 0 and engine.clock.round != self._measured_round
-        if not at_border:
+        if engine.clock.step > 0 or engine.clock.round == self._measured_round:
             return
         self._measured_round = engine.clock.round
         self._alignment_metrics = self._alignment.measure(_shared(engine))
@@ -124,6 +126,8 @@ class RoundMonitor(Callback):
         """Sample the weights at the end of a round; when a round has begun, note its partition and log."""
         self._training_seconds += time.perf_counter() - self._batch_start
         engine = _engine(trainer)
+        if engine is not None:
+            self._sync_seconds = engine.seconds.sync
         if engine is not None and engine.clock.due and _averages(engine):
             self._alignment.end(_shared(engine))  # before the sync: of the next batch, or of a validation before it
         if engine is None or engine.clock.round == self._seen_round:
@@ -188,7 +192,7 @@ class RoundMonitor(Callback):
             "held_parameters_max": max(self._held_parameters_max, *held) if held else full,
             "scale": layout.scaling.scale,
             "seconds": {
-                "training": self._training_seconds,
+                "training": self._training_seconds + self._seconds_between_batches(engine),
                 "sync": engine.seconds.sync,
                 "observe": engine.seconds.observe,
             },
@@ -203,6 +207,10 @@ class RoundMonitor(Callback):
             "overlap": layout.overlaps.summary(),
             "fragments": layout.fragment_count,
         }
+
+    def _seconds_between_batches(self, engine: Engine) -> float:
+        """Seconds of a sync since the last batch: one that is due comes before a validation."""
+        return engine.seconds.sync - self._sync_seconds
 
     def _note_partition(self, engine: Engine) -> None:
         """Keep the partition of this round, which was just drawn: drawing all of them at the end takes minutes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from resist_lightning import Config, Engine, NeuronConfig
+from resist_lightning import Config, Engine, LocalSGDStrategy, NeuronConfig
 from resist_lightning.callbacks import RoundMonitor
 from resist_lightning.callbacks.round_monitor import _slowest
 from resist_lightning.comm.collective import Collective
@@ -54,6 +55,25 @@ def test_blocks_are_not_neurons() -> None:
 def test_the_slowest_worker_is_compared_with_the_mean() -> None:
     assert _slowest([0.1, 0.3, 0.2]) == {"sync/slowest_worker": 1, "sync/slowest_step": pytest.approx(1.5)}
     assert _slowest([]) == _slowest([0.0, 0.0]) == {}
+
+
+def test_a_sync_before_a_validation_is_a_part_of_the_time_in_training() -> None:
+    """It was not, though its seconds were those of a sync: these could be more than the whole, and compute below 0."""
+    engine = Engine(nn.Linear(2, 1), [], Config(local_steps=1, blocks=[]))
+    strategy = LocalSGDStrategy(local_steps=1)
+    vars(strategy)["session"] = SimpleNamespace(engine=engine)
+    trainer: Any = SimpleNamespace(strategy=strategy)
+    module: Any = SimpleNamespace(log=lambda *_, **__: None)
+    monitor = RoundMonitor()
+    engine.start()
+    for batch in range(2):
+        monitor.on_train_batch_start(trainer, module, None, batch)
+        monitor.on_train_batch_end(trainer, module, None, None, batch)
+        with engine.seconds.timed("sync"):
+            time.sleep(0.05)
+    seconds = monitor.summary(strategy, engine)["seconds"]
+    assert seconds["training"] > seconds["sync"] > 0.1
+    engine.abandon()
 
 
 def summary_of_local_sgd(collective: Collective) -> dict[str, Any]:
