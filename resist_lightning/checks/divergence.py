@@ -23,6 +23,12 @@ from resist_lightning.schedule.progress import Clock
 MIXING = (Purpose.SYNC, Purpose.EVALUATION, Purpose.CHECKPOINT, Purpose.FINISH)
 """Purposes after which weights are averaged."""
 
+_FROZEN_AFTER_STEPS = (
+    " An optimizer has them: if it trains them, let each training step end with requires_grad=True. What is frozen "
+    "when a round ends takes no outer step, its optimizer state does not travel, and inside of a block that all "
+    "workers hold it is not averaged."
+)
+
 
 class DivergenceChecks:
     """Finds non-finite values and replicas that differ. The findings travel in headers.
@@ -163,9 +169,11 @@ class DivergenceChecks:
         if self._collective.rank == 0:
             size = sum(self._layout.shared[name].nbytes for name in written)
             others = f" and {len(written) - 1} others" if len(written) > 1 else ""
+            optimized = {id(self._layout.shared[name]) for name in written}.intersection(self._layout.trained or ())
             warnings.warn(
                 f"{min(written)}{others}: frozen, but overwritten by the program (a moving average?). The workers "
-                f"average them from now on, which adds {size / 1e6:.3g} MB to what every sync averages.",
+                f"average them from now on, which adds {size / 1e6:.3g} MB to what every sync averages."
+                f"{_FROZEN_AFTER_STEPS if optimized else ''}",
                 stacklevel=5,
             )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from resist_lightning import Config, NotFinite, WorkersDisagree
+from resist_lightning import Config, Engine, NotFinite, WorkersDisagree
 from resist_lightning.checks.divergence import DivergenceChecks
 from resist_lightning.checks.header import Purpose
 from resist_lightning.comm.collective import SoloCollective
@@ -136,3 +137,29 @@ def test_equal_tensors_need_no_second_question():
     results, room = run_threads(judged, 3, nothing, "raise", lambda worker: {"a": torch.ones(3)})
     assert results == [((), [])] * 3
     assert [verb for worker, verb, _ in room.log if worker == 0] == ["gather_bytes", "gather_numbers"]
+
+
+def toggling(collective, *, by_optimizer):
+    """A tensor that changes in every round and is frozen at its end: trained like a discriminator, or written."""
+    net = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1, bias=False))
+    optimizer = torch.optim.SGD(net[:1].parameters() if not by_optimizer else net.parameters(), lr=0.1)
+    engine = Engine(net, [optimizer], Config(local_steps=1, blocks=[]), collective=collective)
+    engine.start()
+    for _ in range(2):
+        net[1].requires_grad_(by_optimizer)
+        net(torch.randn(3, 2)).sum().backward()
+        optimizer.step()
+        if not by_optimizer:
+            net[1].weight.data.add_(collective.worker + 1.0)
+        net[1].requires_grad_(False)
+        engine.after_step()
+    engine.abandon()
+
+
+@pytest.mark.parametrize("by_optimizer", [True, False], ids=["trained", "written"])
+def test_what_trains_and_is_frozen_when_a_round_ends_is_told_the_way_out(by_optimizer):
+    """It passed for a moving average: it was averaged, but in silence took no outer step."""
+    with pytest.warns(UserWarning, match=r"1\.weight: frozen, but overwritten") as caught:
+        run_threads(partial(toggling, by_optimizer=by_optimizer), 2)
+    texts = [str(warning.message) for warning in caught if "overwritten" in str(warning.message)]
+    assert ["requires_grad=True" in text for text in texts] == [by_optimizer]
