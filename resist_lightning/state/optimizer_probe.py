@@ -57,6 +57,11 @@ class Slot:
             return torch.empty(parameter.shape, dtype=self.dtype, device=device)
         return torch.zeros_like(parameter.detach(), dtype=self.dtype, memory_format=torch.preserve_format)
 
+    def first(self, parameter: Tensor) -> Tensor:
+        """The value for a present parameter that has not stepped yet."""
+        zeros = self.empty(parameter, parameter.device)
+        return zeros.copy_(parameter.detach()) if self.copies_weights else zeros
+
     def bytes(self, parameter: Tensor) -> int:
         """Bytes of this slot for a parameter."""
         return (parameter.numel() if self.shaped else 1) * self.dtype.itemsize

@@ -189,7 +189,7 @@ class OptimizerStates:
         return any(optimizer.state.get(parameter) for optimizer in self.optimizers)
 
     def tensors(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """The state of some parameters, in a fixed order; missing tensors are created as zeros.
+        """The state of some parameters, in a fixed order; missing tensors are created: zeros, or copies of the weights.
 
         A Python number is represented by a tensor until :meth:`take_numbers`; the state of an absent parameter by
         tensors on the meta device, for their shape and data type.
@@ -210,7 +210,7 @@ class OptimizerStates:
                     found.append(self._number(tracked.optimizer, parameter, name, slot))
                     continue
                 if state.get(name) is None:  # not stepped yet; its next holder expects it all the same
-                    state[name] = slot.empty(parameter, parameter.device)
+                    state[name] = slot.first(parameter)
                 found.append(state[name])
         return found
 

@@ -9,7 +9,7 @@ from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.methods.resist.subnet import SubnetBlock
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.nets import small_preact
-from tests.helpers.optimizers import of_block, stepped
+from tests.helpers.optimizers import Own, of_block, stepped
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,17 @@ def test_state_that_is_missing_is_made_of_zeros():
     assert found
     assert all(not tensor.any() for tensor in found)
     assert all(any(tensor is value for value in optimizer.state[of_block(module)[0]].values()) for tensor in found[:3])
+
+
+def test_a_copy_of_the_weights_that_is_missing_is_made_of_them():
+    """It was made of zeros, so a schedule-free optimizer pulled a block that had not stepped yet towards zero."""
+    module = small_preact()
+    optimizer = Own(module.parameters())
+    states = OptimizerStates([optimizer])
+    for parameter in of_block(module):
+        states.tensors([parameter])
+        assert torch.equal(optimizer.state[parameter]["z"], parameter)
+        assert not optimizer.state[parameter]["wide"].any()
 
 
 def test_frozen_parameters_and_strangers_have_no_state():
