@@ -44,7 +44,10 @@ class LocalSteps:
 
     def count(self, engine: Engine | None) -> None:
         """Called after every step of every optimizer, a raw one too. The first in a batch makes it a local step."""
-        if self._stepped or engine is None or not engine.running:
+        if engine is None or not engine.running:
+            return
+        # On the full model every step is refused there, also behind a batch that has stepped.
+        if self._stepped and not engine.observing:
             return
         self._stepped = True
         engine.count_step()

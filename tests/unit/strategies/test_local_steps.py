@@ -32,6 +32,15 @@ def test_several_optimizer_steps_in_a_batch_are_one_local_step() -> None:
     assert engine.steps == 2
 
 
+def test_a_step_in_a_validation_is_not_taken_for_one_of_the_last_batch() -> None:
+    """The engine refuses it: put back afterwards, the weights would lose it, and optimizer state would keep it."""
+    steps, engine = LocalSteps(), Engine()
+    steps.begin_batch()
+    for engine.observing in (False, True):
+        steps.count(engine)  # type: ignore[arg-type]
+    assert engine.steps == 2
+
+
 def test_batches_in_a_row_without_a_step_are_counted() -> None:
     steps, idle = LocalSteps(), []
     for stepped in (False, False, True, False):
