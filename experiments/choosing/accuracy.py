@@ -37,7 +37,7 @@ class Study:
 
     def costs(self, workers: int) -> dict[str, Cost]:
         """Costs by method, all measured with the same number of workers: costs of unequal numbers do not compare."""
-        measured = self._measured_with(workers)
+        measured = self.measured_with(workers)
         found: dict[str, Cost] = {}
         if measured is None:
             return found
@@ -47,7 +47,7 @@ class Study:
                 found[method] = Cost(mean(points), self.name, measured, len(points))
         return found
 
-    def _measured_with(self, workers: int) -> int | None:
+    def measured_with(self, workers: int) -> int | None:
         """The number of workers that stands for ``workers``: the same, the next larger one, or the largest."""
         counts = sorted({row["case"]["workers"] for row in self.rows if row["case"]["method"] not in BASELINES})
         return next((count for count in counts if count >= workers), counts[-1] if counts else None)
@@ -128,12 +128,13 @@ def costs_of(studies: Sequence[Study], workers: int) -> dict[str, list[Cost]]:
 def studies_for(*, neurons_only: bool, workers: int) -> list[Study]:
     """The most telling studies of a network: of fully connected ones, or of residual ones with as many workers.
 
-    Of residual ones the study that compares most methods with DDP; the full-size one as soon as it has as many as the
-    short one.
+    Of residual ones those that measured this number of workers go before those with larger ones only; of these the
+    study that compares most methods with DDP; of equal ones the one at full height.
     """
     if neurons_only:
         return neuron_studies()
     telling = [study for study in residual_studies() if study.costs(workers)]
-    large = [study for study in telling if any(cost.workers >= workers for cost in study.costs(workers).values())]
+    exact = [study for study in telling if study.measured_with(workers) == workers]
+    larger = [study for study in telling if (study.measured_with(workers) or 0) > workers]
     # Of equal ones the first: full-size ones come first.
-    return sorted(large or telling, key=lambda study: -len(study.costs(workers)))[:1]
+    return sorted(exact or larger or telling, key=lambda study: -len(study.costs(workers)))[:1]

@@ -217,15 +217,23 @@ def test_the_study_at_full_height_counts_where_it_compares_as_many_workers_and_m
     full = record(tmp_path / "full", ("single", 1, 0, 90.0), ("ddp", 2, 0, 90.0), ("resist", 2, 0, 89.0))
     short = record(tmp_path / "short", ("ddp", 2, 0, 45.0), ("resist", 8, 0, 40.0))
     more = record(tmp_path / "more", ("ddp", 2, 0, 45.0), ("resist", 2, 0, 40.0), ("local_sgd", 2, 0, 41.0))
-    first, second, third = accuracy.residual_studies([full, short, more])
+    eight = record(tmp_path / "eight", ("ddp", 8, 0, 45.0), ("resist", 8, 0, 40.0), ("local_sgd", 8, 0, 41.0))
+    first, second, third, fourth = accuracy.residual_studies([full, short, more, eight])
     monkeypatch.setattr(accuracy, "residual_studies", lambda: [first, second])
 
     assert accuracy.studies_for(neurons_only=False, workers=2) == [first]
     assert accuracy.studies_for(neurons_only=False, workers=8) == [second]
+    # Three were not measured: the next larger number counts. Neither were 64, nor more.
+    assert accuracy.studies_for(neurons_only=False, workers=3) == [second]
     assert accuracy.studies_for(neurons_only=False, workers=64) == [first]
 
     monkeypatch.setattr(accuracy, "residual_studies", lambda: [first, third])
     assert accuracy.studies_for(neurons_only=False, workers=2) == [third]
+
+    # The same number of workers goes before more methods with a larger one.
+    monkeypatch.setattr(accuracy, "residual_studies", lambda: [first, fourth])
+    assert accuracy.studies_for(neurons_only=False, workers=2) == [first]
+    assert accuracy.studies_for(neurons_only=False, workers=4) == [fourth]
 
 
 def test_the_example_of_the_page_has_the_closed_forms_of_its_settings() -> None:
