@@ -153,10 +153,10 @@ def _not_joined(backend: str, store: str, worker: int, workers: int, error: Runt
 
 def interrupt_group() -> None:
     """Make operations that wait in the default group raise; from any thread. The group cannot be used afterwards."""
-    if _uses_nccl():
-        abort_nccl()
-    else:
-        cut_connections()
+    only_nccl = _uses_nccl() and "gloo" not in dist.get_backend_config()
+    if not only_nccl:
+        cut_connections()  # first, as an abort may take seconds
+    abort_nccl()
 
 
 def abort_nccl() -> None:

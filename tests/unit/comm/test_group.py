@@ -88,9 +88,26 @@ class Stuck:
 def test_all_groups_are_aborted_at_once_and_not_one_after_the_other(monkeypatch):
     groups = []
     groups += [Stuck(groups), Stuck(groups), Stuck(groups)]
-    monkeypatch.setattr("resist_lightning.comm.group._uses_nccl", lambda: True)
+    monkeypatch.setattr("resist_lightning.comm.group.group_exists", lambda: True)
+    monkeypatch.setattr("resist_lightning.comm.group.dist.get_backend_config", lambda: "cuda:nccl")
     monkeypatch.setattr("resist_lightning.comm.group._world", SimpleNamespace(pg_map=dict.fromkeys(groups)))
     began = time.monotonic()
     interrupt_group()
     assert all(group.aborted.is_set() for group in groups)
     assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(
+    ("backends", "expected"),
+    [("cuda:nccl", ["abort"]), ("cpu:gloo,cuda:nccl", ["cut", "abort"]), ("cpu:gloo,cuda:gloo", ["cut"])],
+)
+def test_each_backend_of_a_group_is_interrupted_by_its_own_means(monkeypatch, backends, expected):
+    """A thread that waited in the gloo half of a mixed group waited on."""
+    done = []
+    group = SimpleNamespace(abort=lambda: done.append("abort"))
+    monkeypatch.setattr("resist_lightning.comm.group.group_exists", lambda: True)
+    monkeypatch.setattr("resist_lightning.comm.group.dist.get_backend_config", lambda: backends)
+    monkeypatch.setattr("resist_lightning.comm.group._world", SimpleNamespace(pg_map=[group]))
+    monkeypatch.setattr("resist_lightning.comm.group.cut_connections", lambda: done.append("cut"))
+    interrupt_group()
+    assert done == expected
