@@ -35,6 +35,11 @@ class Study:
     words: str  # data, network, samples
     rows: Rows
 
+    @property
+    def samples(self) -> int:
+        """Training samples of every method."""
+        return max(row["samples"] for row in self.rows)
+
     def costs(self, workers: int) -> dict[str, Cost]:
         """Costs by method, all measured with the same number of workers: costs of unequal numbers do not compare."""
         measured = self.measured_with(workers)
@@ -128,13 +133,15 @@ def costs_of(studies: Sequence[Study], workers: int) -> dict[str, list[Cost]]:
 def studies_for(*, neurons_only: bool, workers: int) -> list[Study]:
     """The most telling studies of a network: of fully connected ones, or of residual ones with as many workers.
 
-    Of residual ones those that measured this number of workers go before those with larger ones only; of these the
-    study that compares most methods with DDP; of equal ones the one at full height.
+    Of residual ones a study that measured as many workers, or more: one of the longest trainings, then one with this
+    very number of workers, then the one that compares most methods with DDP.
     """
     if neurons_only:
         return neuron_studies()
     telling = [study for study in residual_studies() if study.costs(workers)]
-    exact = [study for study in telling if study.measured_with(workers) == workers]
-    larger = [study for study in telling if (study.measured_with(workers) or 0) > workers]
+    enough = [study for study in telling if (study.measured_with(workers) or 0) >= workers] or telling
+    samples = max((study.samples for study in enough), default=0)
+    longest = [study for study in enough if study.samples == samples]
+    exact = [study for study in longest if study.measured_with(workers) == workers]
     # Of equal ones the first: full-size ones come first.
-    return sorted(exact or larger or telling, key=lambda study: -len(study.costs(workers)))[:1]
+    return sorted(exact or longest, key=lambda study: -len(study.costs(workers)))[:1]

@@ -181,10 +181,10 @@ def test_seconds_that_are_given_are_scaled_by_what_is_computed() -> None:
     assert scaled(3.0, {"whole": 300, "blocks": 200}) == {"whole": 3.0, "blocks": 2.0}
 
 
-def record(folder: Path, *cases: tuple[str, int, int, float]) -> Path:
+def record(folder: Path, *cases: tuple[str, int, int, float], samples: int = 8) -> Path:
     """A result file of the accuracy study: method, workers, seed, accuracy."""
     rows = [
-        {"case": {"method": method, "workers": workers, "seed": seed}, "last": last, "samples": 8}
+        {"case": {"method": method, "workers": workers, "seed": seed}, "last": last, "samples": samples}
         for method, workers, seed, last in cases
     ]
     settings = {"data": "folder", "shrink": 1, "deep": 9, "width": 0.5}
@@ -214,6 +214,7 @@ def test_costs_are_means_over_the_seeds_that_ddp_has_too(tmp_path: Path) -> None
 def test_the_study_at_full_height_counts_where_it_compares_as_many_workers_and_methods(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    residual_studies = accuracy.residual_studies
     full = record(tmp_path / "full", ("single", 1, 0, 90.0), ("ddp", 2, 0, 90.0), ("resist", 2, 0, 89.0))
     short = record(tmp_path / "short", ("ddp", 2, 0, 45.0), ("resist", 8, 0, 40.0))
     more = record(tmp_path / "more", ("ddp", 2, 0, 45.0), ("resist", 2, 0, 40.0), ("local_sgd", 2, 0, 41.0))
@@ -223,7 +224,7 @@ def test_the_study_at_full_height_counts_where_it_compares_as_many_workers_and_m
 
     assert accuracy.studies_for(neurons_only=False, workers=2) == [first]
     assert accuracy.studies_for(neurons_only=False, workers=8) == [second]
-    # Three were not measured: the next larger number counts. Neither were 64, nor more.
+    # Three were not measured: the next larger number counts. Nor were 64, or more.
     assert accuracy.studies_for(neurons_only=False, workers=3) == [second]
     assert accuracy.studies_for(neurons_only=False, workers=64) == [first]
 
@@ -234,6 +235,13 @@ def test_the_study_at_full_height_counts_where_it_compares_as_many_workers_and_m
     monkeypatch.setattr(accuracy, "residual_studies", lambda: [first, fourth])
     assert accuracy.studies_for(neurons_only=False, workers=2) == [first]
     assert accuracy.studies_for(neurons_only=False, workers=4) == [fourth]
+
+    # Long trainings go before both, where they measured enough workers.
+    long = record(tmp_path / "long", ("ddp", 4, 0, 90.0), ("resist", 4, 0, 80.0), samples=800)
+    (fifth,) = residual_studies([long])
+    monkeypatch.setattr(accuracy, "residual_studies", lambda: [first, fourth, fifth])
+    assert accuracy.studies_for(neurons_only=False, workers=2) == [fifth]
+    assert accuracy.studies_for(neurons_only=False, workers=8) == [fourth]
 
 
 def test_the_example_of_the_page_has_the_closed_forms_of_its_settings() -> None:
