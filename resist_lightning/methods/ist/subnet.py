@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from resist_lightning.comm.tensors import named_tensors
+from resist_lightning.methods.ist.hooks import HookCheck, check_hooks
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.state.absent import Absence
 from resist_lightning.state.memory import make_absent, replace_memory
@@ -43,6 +44,8 @@ class Subnet:
         self._orders = {name: _order_in_memory(tensor) for name, tensor in self.tensors.items()}
         self._hooks: list[RemovableHandle] | None = None  # None while the module is the full one
         self._widths: list[int] = []
+        self._checks: list[HookCheck] = []
+        self._known_hooks: set[int] = set()
 
     @property
     def is_held(self) -> bool:
@@ -73,6 +76,8 @@ class Subnet:
             self.tensors[name].grad = gradient
         self.gradients = {}
         self._hooks = []
+        # Before our own hooks, which need no check.
+        self._checks = check_hooks(layout, widths, self._known_hooks)
         # Also after an evaluation, in which the full model computes without them.
         for name, layer in layout.neurons.rescaled:
             self._hook(name, partial(_scaled, layers[layer].width / widths[layer]))
@@ -128,6 +133,11 @@ class Subnet:
         for hook in self._hooks or []:
             hook.remove()
         self._hooks = None
+        for check in self._checks:
+            check.end()
+            if check.called:
+                self._known_hooks.add(check.key)
+        self._checks = []
 
     def _resize(self, name: str, shape: Sequence[int]) -> None:
         tensor, order = self.tensors[name], self._orders[name]

@@ -17,7 +17,7 @@ from resist_lightning.errors import LayerSelectionError
 from resist_lightning.methods.globs import matches
 from resist_lightning.methods.ist.config import LayerChoice
 from resist_lightning.methods.ist.network.flow import Flow, Layer
-from resist_lightning.methods.ist.network.neurons import Cut, HiddenLayer, Neurons, Size
+from resist_lightning.methods.ist.network.neurons import Cut, HiddenLayer, Neurons, Passed, Size
 from resist_lightning.methods.ist.network.tracing import Traced, Weighted, trace
 from resist_lightning.methods.tracing import names_of_tensors, trains
 
@@ -208,6 +208,7 @@ def _assemble(layers: Sequence[Layer]) -> Neurons:
     sizes: list[Size] = []
     rescaled: list[tuple[str, int]] = []
     if_frozen: list[tuple[str, int, tuple[str, ...]]] = []
+    passed: list[Passed] = []
     for index, layer in enumerate(layers):
         rows.update(dict.fromkeys(layer.rows, index))
         for name, repeat in layer.columns.items():
@@ -215,6 +216,7 @@ def _assemble(layers: Sequence[Layer]) -> Neurons:
         for name, attribute, repeat in layer.sizes:
             sizes.append(Size(name, attribute, index, repeat))
         rescaled += [(name, index) for name in layer.rescaled]
+        passed += [Passed(name, before, dimension, index) for name, before, dimension in layer.passed]
         if_frozen += [(name, index, norms) for name, norms in layer.rescaled_if_frozen.items()]
     # A weight between two hidden layers is in both.
     cuts = {}
@@ -222,7 +224,7 @@ def _assemble(layers: Sequence[Layer]) -> Neurons:
         column, repeat = columns.get(name, (None, 1))
         cuts[name] = Cut(rows.get(name), column, repeat)
     hidden = tuple(HiddenLayer(layer.name, layer.width) for layer in layers)
-    return Neurons(hidden, cuts, tuple(sizes), tuple(rescaled), tuple(if_frozen))
+    return Neurons(hidden, cuts, tuple(sizes), tuple(rescaled), tuple(if_frozen), passed=tuple(passed))
 
 
 def _switches(defaults: dict[str, object]) -> dict[str, object]:

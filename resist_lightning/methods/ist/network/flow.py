@@ -56,6 +56,7 @@ class Layer:
         sizes: module, attribute and entries per neuron of the attributes that change with the subnet.
         rescaled: layers that read them, with no norm straight behind.
         rescaled_if_frozen: layers that read them, with norms of these names straight behind that may be frozen.
+        passed: module, whether it is its input, and dimension of the neurons, where a hook of torch.nn sees them.
         problems: reasons why they cannot be divided; each continues "its neurons".
     """
 
@@ -67,6 +68,7 @@ class Layer:
     sizes: list[tuple[str, str, int]] = field(default_factory=list)
     rescaled: list[str] = field(default_factory=list)
     rescaled_if_frozen: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    passed: list[tuple[str, bool, int]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -104,13 +106,19 @@ class Flow:
         """The value of a node; where neurons cannot be followed, their layers get a problem, and it is None."""
         values = [self._values[source] for source in node.all_input_nodes]
         try:
-            return self._interpret(node, values)
+            value = self._interpret(node, values)
         except NotPerNeuron as problem:
             owners = [_owner(value) for value in values]
             layers = {owner.layer for owner in owners if owner is not None}
             for layer in sorted(layers):
                 self._refuse(layer, str(problem), node)
-        return None
+            return None
+        if node.op == "call_module":
+            name, _ = self._traced.called(node)
+            for seen, before in [(value, False), *((given, True) for given in values)]:
+                if isinstance(seen, Divided):
+                    self.layers[seen.layer].passed.append((name, before, -1 if seen.form == "features" else 1))
+        return value
 
     def _interpret(self, node: fx.Node, values: list[Value]) -> Value:
         if node.op == "get_attr":

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,23 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Passed:
+    """A place where a forward hook of a module of torch.nn would see divided neurons.
+
+    Args:
+        module: the module's qualified name.
+        before: whether it is the module's input; else its output.
+        dimension: the dimension of the tensor that the neurons are.
+        layer: index of the hidden layer.
+    """
+
+    module: str
+    before: bool
+    dimension: int
+    layer: int
+
+
+@dataclass(frozen=True)
 class Neurons:
     """The hidden neurons of a module, and the tensors and sizes that are divided with them.
 
@@ -79,6 +96,7 @@ class Neurons:
             mode these do not make up for the smaller sum, which is then scaled, too.
         assumed: name of a module that was traced, and the values that optional arguments of its forward had then. With
             other values the neurons may go elsewhere.
+        passed: the places where hooks see them.
     """
 
     layers: tuple[HiddenLayer, ...]
@@ -87,3 +105,4 @@ class Neurons:
     rescaled: tuple[tuple[str, int], ...]
     rescaled_if_frozen: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
     assumed: tuple[tuple[str, dict[str, object]], ...] = ()
+    passed: tuple[Passed, ...] = field(default=(), compare=False, repr=False)

@@ -8,11 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from resist_lightning import NeuronConfig, NeuronSimulator
+from resist_lightning import Engine, NeuronConfig, NeuronSimulator
+from resist_lightning.errors import LayerSelectionError
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.subnet import Subnet
 from tests.helpers.cutting import spread
-from tests.helpers.ist import Run, batch_of, make_net, make_optimizer, masked_forward, slice_of, start_engine
+from tests.helpers.ist import (
+    ONE_AT_A_TIME,
+    Run,
+    batch_of,
+    make_net,
+    make_optimizer,
+    masked_forward,
+    slice_of,
+    start_engine,
+)
 from tests.helpers.threads import run_threads
 from tests.helpers.training import assert_equal_states, clone_state, train_step
 
@@ -189,3 +199,78 @@ def linear_part(collective, run, x):
     out = second(activation(first(x))).detach()
     engine.abandon()
     return out
+
+
+def less_its_mean(module, args, output):
+    output -= output.detach().mean(-1, keepdim=True)
+
+
+def normalised(module, args):
+    return (args[0] / args[0].detach().norm(dim=1, keepdim=True),)
+
+
+def normalised_by_name(module, args, kwargs):
+    return (nn.functional.normalize(args[0]),), kwargs
+
+
+def noisy(module, args, output):
+    output.register_hook(lambda gradient: gradient * 2)
+    return output * torch.rand_like(output)
+
+
+def reads(module, args, output):
+    module.seen = [*getattr(module, "seen", []), len(output)]
+
+
+def over_positions(module, args, output):
+    return output.view(len(output), -1, 4).softmax(-1).flatten(1)
+
+
+HOOKS = {
+    "function": ("plain", 1, "hook", lambda module, args, output: output.softmax(-1), "from those of others"),
+    "in place": ("plain", 1, "hook", less_its_mean, "from those of others"),
+    "flattened": ("conv", 7, "hook", lambda module, args, output: output.softmax(-1), "from those of others"),
+    "before": ("plain", 2, "pre-hook", normalised, "from those of others"),
+    "with options": ("plain", 2, "pre-hook by name", normalised_by_name, "from those of others"),
+    "shape": ("plain", 1, "hook", lambda module, args, output: output[:, :1], "of another shape"),
+    "reads": ("plain", 1, "hook", reads, ""),
+    "each alone": ("plain", 0, "hook", noisy, ""),
+    "positions": ("conv", 7, "hook", over_positions, ""),
+    "each alone before": ("plain", 2, "pre-hook", lambda module, args: args[0].clamp(-1, 1), ""),
+    "whole input": ("plain", 0, "pre-hook", normalised, ""),
+    "whole output": ("plain", 4, "hook", less_its_mean, ""),
+}
+
+
+def with_hook(collective, case):
+    """The error of a forward with a hook, whether the hook is in its place after it, and what it has seen."""
+    name, number, kind, hook, _ = HOOKS[case]
+    run = Run(NeuronConfig(), 0, name)
+    with ONE_AT_A_TIME:
+        net = make_net(run)
+        if kind == "hook":
+            handle = net[number].register_forward_hook(hook)
+        else:
+            handle = net[number].register_forward_pre_hook(hook, with_kwargs=kind != "pre-hook")
+        engine = Engine(net, [make_optimizer(run, net)], run.config, collective=collective)
+    engine.start()
+    error = ""
+    try:
+        for step in range(2):
+            net(batch_of(run, 0, step)[0]).sum().backward()
+    except LayerSelectionError as raised:
+        error = str(raised)
+    engine.abandon()
+    hooks = {**net[number]._forward_hooks, **net[number]._forward_pre_hooks}
+    return error, hooks[handle.id] is hook, getattr(net[number], "seen", [])
+
+
+@pytest.mark.parametrize("case", HOOKS)
+def test_a_hook_that_combines_neurons_is_refused_in_its_first_call(case):
+    """No trace shows hooks of modules of torch.nn: subnets trained another function, in silence."""
+    expected = HOOKS[case][-1]
+    for error, in_place, seen in run_threads(with_hook, 2, case)[0]:
+        assert expected in error
+        assert bool(expected) == bool(error)
+        assert in_place
+        assert seen == [8, 8] * (case == "reads")
