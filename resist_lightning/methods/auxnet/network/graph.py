@@ -4,7 +4,7 @@
          -------- unit 0    - unit 1      ------------------ unit 2
 
 A cut is possible where only the output of a block crosses it: no other value, and no tensor of the network that is
-used on both sides.
+used on both sides. In a network without blocks the output of any module may, and the sum of a residual connection.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import attrgetter, getitem
+from operator import add, attrgetter, getitem, iadd
 
+import torch
 from torch import fx, nn
 
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.tracing import ChainTracer, user_line
 
 _SHOWN = 3
+_SUMS = (add, iadd, torch.add, "add", "add_")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Cuts:
             end = self._one_tensor(node)
             if end in self._place and self._may_end(node):
                 self._ends.setdefault(end, name)
+        if not blocks:
+            self._add_sums()
         self._last_use: dict[fx.Node, int] = {}
         for node in [entry, *self._nodes]:
             uses = [self._place_of_user(user) for user in node.users]
@@ -114,6 +118,18 @@ class Cuts:
     def _may_end(self, node: fx.Node) -> bool:
         """Whether a unit may end with a node: that of a block, or, in a network without blocks, of any module."""
         return not self._blocks or (node.op == "call_module" and node.target in self._blocks)
+
+    def _add_sums(self) -> None:
+        """Let units end with sums too: in ``x = x + layer(x)`` the layer's output crosses no cut alone, the sum does.
+
+        A sum has the name of the module before it.
+        """
+        module = ""
+        for node in self._nodes:
+            if node in self._ends:
+                module = self._ends[node]
+            elif module and _is_sum(node):
+                self._ends[node] = module
 
     def _one_tensor(self, node: fx.Node) -> fx.Node | None:
         """The tensor of a module's value that may cross a cut: of a tuple, the first item if no other is used."""
@@ -186,6 +202,12 @@ def computing(entry: fx.Node) -> list[fx.Node]:
 def _is_item(node: fx.Node) -> bool:
     """Whether a node takes an item, by number or name: of a tuple, a dict, or along a tensor's first dimension."""
     return node.target is getitem and isinstance(node.args[1], int | str)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether a node adds two values that are computed; not a parameter or a number to one."""
+    added = [value for value in node.args[:2] if isinstance(value, fx.Node) and value.op != "get_attr"]
+    return node.target in _SUMS and len(added) == 2
 
 
 def build(network: nn.Module, units: Sequence[Unit], *, copies_input: bool) -> fx.GraphModule:

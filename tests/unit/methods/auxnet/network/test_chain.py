@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 
 import numpy as np
@@ -132,6 +133,22 @@ def test_a_value_that_skips_a_block_forbids_the_cut_behind_it():
         return net.head(net.c(net.b(net.a(x) + x)))
 
     assert find_chain(Blocks(forward)).units == ("b", "c")
+
+
+@pytest.mark.parametrize("sums", [operator.add, operator.iadd, torch.add, lambda x, y: x.add_(y)])
+def test_without_residual_blocks_a_cut_may_be_behind_a_sum(sums):
+    """A loop of ``x = x + layer(x)``: it had no cut inside, so that one stage had nearly everything."""
+
+    def forward(net, x):
+        x = net.stem(x)
+        for layer in (net.a, net.b):
+            x = sums(x, layer(x))
+        return net.head(x + 1)
+
+    layers = {name: nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for name in "ab"}
+    chain = find_chain(Blocks(forward, **layers, c=nn.Identity()))
+    assert chain.units == ("stem", "a.1", "b.1", "head")
+    assert chain.positions(["a", "b"]) == (2, 3)
 
 
 class Layers(Blocks):

@@ -35,12 +35,24 @@ def narrow_vgg() -> nn.Module:
     return net
 
 
+def add_up(net, x):
+    x = net.stem(x)
+    x = x + net.a(x)
+    y = net.b(x)
+    y += x
+    return net.head(y + net.c(y))
+
+
 NETWORKS = {
     "torchvision": (lambda: narrow_resnet(layers=(1, 1, 2, 1)), (2, 3, 32, 32)),
     "ours": (small_preact, (3, 3, 8, 8)),
     "vgg": (narrow_vgg, (4, 3, 8, 8)),
     "in place": (lambda: mlp(WritesInput), (5, 3)),
     "unknown": (lambda: mlp(Undeclared), (5, 3)),
+    "sums": (
+        lambda: Blocks(add_up, **{name: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for name in "abc"}),
+        (5, 3),
+    ),
     "tensors of its own": (
         lambda: Blocks(lambda net, x: net.head(net.c(net.b(net.a(net.stem(x - net.mean)) + net.position)))),
         (5, 3),
