@@ -79,7 +79,7 @@ class Engine:
         self.ended_on_first = False  # with the full model on worker 0 alone
         self.states = OptimizerStates(optimizers, self._device)
         self.clock = Clock.by(config.local_steps, lambda: first_rate(optimizers), self.layout.overlapped_steps)
-        self.steps = StepWatch(module, self.states, self.clock, alone=config.trains_alone and self.layout.workers > 1)
+        self.steps = StepWatch(self.layout, self.states, self.clock)
         self.activity = Activity(self.clock)
         self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)
         self.losses = self._handshake.divergence.losses

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 from weakref import WeakMethod
 
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.progress import Clock, one_round
 from resist_lightning.state.optimizer_state import OptimizerStates
 
@@ -25,12 +25,13 @@ class StepWatch:
             ``engine.after_step()``, and is warned if it forgets.
     """
 
-    def __init__(self, module: nn.Module, states: OptimizerStates, clock: Clock, *, alone: bool) -> None:
+    def __init__(self, layout: Layout, states: OptimizerStates, clock: Clock) -> None:
         self.on_step: Callable[[], None] | None = None
-        self._module = module
+        self._module = layout.module
         self._ours = set(map(id, states.optimizers))
         self._clock = clock
-        self._alone = alone  # whether workers send nothing between two syncs
+        self._alone = layout.config.trains_alone and layout.workers > 1  # whether nothing is sent between two syncs
+        self._turns = Turns(layout.stepped_late())
         self._handles: list[RemovableHandle] = []
         self._outermost: Optimizer | None = None  # stepping now; it may step inner optimizers
         self._taken: Counter[int] = Counter()  # steps of each optimizer before the first local step was counted
@@ -54,6 +55,7 @@ class StepWatch:
     def note_local_step(self) -> None:
         """Note that a local step has been counted."""
         self._counted = True
+        self._turns.end_step()
 
     def check_counted(self, *, finished: bool) -> None:
         """Check, before the workers assemble the full model, that local steps are counted at all.
@@ -136,9 +138,49 @@ class StepWatch:
                     "Call engine.after_step() after optimizer.step().",
                     stacklevel=3,
                 )
+        self._turns.note(optimizer)  # behind `on_step`, which ends the local step before
 
     def _writes(self) -> int:
         return sum(parameter._version for parameter in self._module.parameters())
+
+
+class Turns:
+    """Refuses optimizers that take turns where gradients are late: one would step by gradients of another's turn.
+
+    Args:
+        late: ids of the parameters whose steps take gradients of earlier batches.
+    """
+
+    def __init__(self, late: Collection[int]) -> None:
+        self._late = late
+        self._now: set[int] = set()  # optimizers that have stepped in this local step
+        self._ever: set[int] = set()
+        self._passed_over: set[int] = set()
+
+    def end_step(self) -> None:
+        """Note that a local step has ended; right behind its optimizers, or with the first one of the next step."""
+        if self._now:
+            self._passed_over |= self._ever - self._now
+            self._ever |= self._now
+            self._now = set()
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Note an optimizer that has stepped.
+
+        Raises:
+            RuntimeError: if it has stepped before, and others have stepped without it since.
+        """
+        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not any(id(parameter) in self._late for parameter in members):
+            return
+        if id(optimizer) in self._passed_over:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} steps again after a step in which only another optimizer of the network "
+                "stepped. Gradients are late: what it takes now is the gradient of that other turn (of its loss, or "
+                "none where toggle_optimizer froze the parameters). Let all optimizers of the network step in every "
+                "step, or give the strategy delay=0."
+            )
+        self._now.add(id(optimizer))
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:

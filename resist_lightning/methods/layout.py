@@ -112,6 +112,10 @@ class LayoutAbilities:
         """Local steps at the end of ``round`` during which its sync is under way; 0: the training waits for it."""
         return self.overlaps.of_round(round)
 
+    def stepped_late(self) -> Collection[int]:
+        """Ids of the parameters whose steps take gradients of earlier batches."""
+        return ()
+
     def learn(self, round: int, step_seconds: Sequence[float], sync_seconds: Sequence[float]) -> None:
         """Take in the measurements of a round that ends; all workers must give the same.
 

@@ -86,6 +86,14 @@ class StageLayout(Layout):
         ]
 
     @override
+    def stepped_late(self) -> Collection[int]:
+        if self.chain is None or not (self.config.delayed and self.config.delay):
+            return ()
+        named = named_tensors(self.module)
+        names = self.chain.names(0, len(self.chain.units))
+        return {id(named[name]) for name in names}
+
+    @override
     def prepare(self, example: Tensor, collective: Collective) -> None:
         if self.chain is None:
             return

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import optimizer as global_hooks
 
 from resist_lightning import Config, Engine
-from resist_lightning.engine.optimizer_steps import StepWatch
+from resist_lightning.engine.optimizer_steps import StepWatch, Turns
 from resist_lightning.schedule.progress import Clock
 from tests.helpers.threads import ThreadCollective, run_threads
 
@@ -106,7 +106,8 @@ def write(module):
 
 def test_batches_that_change_parameters_without_an_optimizer_are_refused():
     module = nn.Linear(2, 2)
-    watch = StepWatch(module, engine_of()[0].states, Clock(3), alone=True)
+    engine = engine_of(module=module)[0]
+    watch = StepWatch(engine.layout, engine.states, Clock(3))
     watch.begin()
     for _ in range(11):  # gradients of four batches accumulate
         watch.check_batch(accumulated=4)
@@ -167,3 +168,23 @@ def test_a_plain_loop_that_is_shorter_than_a_round_is_told_at_its_end(steps: int
         run_threads(short_training, 2, steps)
     messages = {str(w.message) for w in caught if "a round has local_steps=3" in str(w.message)}
     assert len(messages) == told
+
+
+def turn(turns, optimizers):
+    for optimizer in optimizers:
+        turns.note(optimizer)
+    turns.end_step()
+
+
+def test_optimizers_of_late_gradients_may_begin_and_end_apart_but_not_take_turns():
+    layers = [nn.Linear(2, 2) for _ in range(3)]
+    first, second, outside = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in layers]
+    late = {id(parameter) for layer in layers[:2] for parameter in layer.parameters()}
+    turns = Turns(late)
+    for together in ([first], [first, outside], [first], [second, first, outside], [second], [outside], [second]):
+        turn(turns, together)
+    with pytest.raises(RuntimeError, match=r"SGD steps again after.*toggle_optimizer.*delay=0"):
+        turns.note(first)
+    turns = Turns(())
+    for one in (first, second, first):
+        turn(turns, [one])
