@@ -252,8 +252,9 @@ class StageWorker:
         """Called when the backward pass reaches the network's output."""
         if batch is not self._batch:
             raise RuntimeError(
-                "the network was called again before the backward pass of the previous call. Call it once per "
-                "training_step: the messages of the stages belong to one batch."
+                "the network was called again before the backward pass of the previous call, or the full model was "
+                "assembled in between, to save or evaluate it. Call the network once per training_step, and save "
+                "behind the step (on_train_batch_end): the messages of the stages belong to one batch."
             )
         if batch.trained:
             raise RuntimeError(

@@ -43,3 +43,18 @@ def test_optimizers_that_take_turns_are_refused_where_gradients_are_late() -> No
     run_threads(take_steps, 2, [[0], [0, 1], [1, 0]])
     with pytest.raises(RuntimeError, match=r"SGD steps again after a step.*Gradients are late"):
         run_threads(take_steps, 2, [[0], [1], [0]])
+
+
+def evaluate_between(collective: ThreadCollective) -> None:
+    engine, _ = start(collective)
+    batch = batch_of(RUN, 0)
+    loss = loss_of(batch)(engine.module(batch[0]))
+    with engine.full_model("checkpoint"):
+        pass
+    with pytest.raises(RuntimeError, match="the full model was assembled in between, to save or evaluate"):
+        loss.backward()
+    engine.abandon()
+
+
+def test_a_full_model_between_the_passes_hangs_nobody() -> None:
+    run_threads(evaluate_between, 2)

@@ -189,6 +189,19 @@ def called_twice(collective: ThreadCollective, config: StageConfig) -> None:
         (first + second).backward()
 
 
+def saved_between(collective: ThreadCollective, config: StageConfig) -> None:
+    staged, (x, loss) = stage_of(collective, config), batch(0)
+    first = loss(staged.worker(x))
+    staged.worker.finish()  # as to assemble the full model
+    with pytest.raises(RuntimeError, match=r"the full model was assembled in between.*save behind the step"):
+        first.backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "delayed", "aux_network": None}], ids=["guesses", "late"])
+def test_a_full_model_between_the_passes_is_refused_on_every_worker(options: dict[str, Any]) -> None:
+    run_threads(saved_between, 3, config_for(3, **options))
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 1])
 def test_two_calls_before_a_backward_pass_are_refused_on_every_worker(warmup_steps: int) -> None:
     run_threads(called_twice, 3, config_for(3, warmup_steps=warmup_steps))
