@@ -42,9 +42,9 @@ class AuxNetOptions(StrategyOptions, StageConfig):
     Args:
         check_every_n_steps: steps between two handshakes, in which the workers check one another: a round of the other
             strategies.
-        input: index or key of the network's input in a batch; None takes the first tensor. It is read before the first
-            step, for its shape and to measure times; `training_step` must give the network an input of the same shape.
-            Where the network cannot take it, the module's `example_input_array` stands for it.
+        input: index, key or name of the network's input in a batch; None takes the first tensor. It is read before the
+            first step, for its shape and to measure times; `training_step` must give the network an input of the same
+            shape. Where the network cannot take it, the module's `example_input_array` stands for it.
         seed: seed of the order of the samples, of their augmentation and of auxiliary networks; 0 is a seed.
         process_group_backend: ``"gloo"``, on GPUs too: messages that are posted early would block each other under
             NCCL.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from resist_lightning.methods.auxnet.step.agreement import named_tensors
+from resist_lightning.methods.auxnet.step.agreement import named_tensors, parts_of
 from resist_lightning.state.random_state import random_numbers_apart
 from resist_lightning.strategies.data.seeded_loader import SeededIterable
 
@@ -26,8 +26,8 @@ def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | 
     """A small batch of the network's input, on the training device.
 
     It is made of the first samples of the training data, which go through the collate function and the batch-transfer
-    hooks as in training; where those cannot be read without consuming them, the module's ``example_input_array``. No
-    iterator of a loader is made and no random generator advances.
+    hooks as in training; where those cannot be read without consuming them, or no input is found in them, the module's
+    ``example_input_array``. No iterator of a loader is made and no random generator advances.
 
     Args:
         trainer: with its training loaders made.
@@ -47,13 +47,13 @@ def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | 
         try:
             # As an iterator of the combined loader would give it, without one.
             batch = tree_unflatten([_first_batch(each) for each in loader.flattened], loader._spec)
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return select_input(trainer.strategy.batch_to_device(batch, dataloader_idx=0), which)
         except ValueError:
             if not isinstance(example, Tensor):
                 raise
             return given_example(trainer, example)
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return select_input(trainer.strategy.batch_to_device(batch, dataloader_idx=0), which)
 
 
 def given_example(trainer: pl.Trainer, example: Tensor) -> Tensor:
@@ -71,8 +71,9 @@ def select_input(batch: Any, which: int | str | None) -> Tensor:
     """The network's input in a batch.
 
     Args:
-        batch: tensors in tuples, lists and dicts; of combined loaders, the tuple, list or dict of their batches.
-        which: index or key of a part. The first tensor in it is taken, depth first; if None, the first in the batch.
+        batch: tensors in tuples, lists, dicts and dataclasses; of combined loaders, that of their batches.
+        which: index, key or name of a part. The first tensor in it is taken, depth first; if None, the first in the
+            batch.
 
     Raises:
         ValueError: if it is not there, or neither a floating tensor with a batch dimension nor token ids; the message
@@ -83,15 +84,19 @@ def select_input(batch: Any, which: int | str | None) -> Tensor:
     name = "the batch"
     if which is not None:
         name = f"input={which!r}"
-        if not isinstance(part, Mapping | list | tuple):
-            raise ValueError(f"{has}, of which {name} can select nothing. Leave input out.")
+        parts: Any = parts_of(batch)
+        if parts is None:
+            raise ValueError(f"{has}, of which {name} can select nothing. Leave input out. {_OTHERWISE}")
         try:
-            part = part[which]  # type: ignore[index]
+            part = parts[which]
         except (LookupError, TypeError):
             raise ValueError(f"{has}; {name} is not one of them.") from None
     tensor = next(iter(named_tensors(part).values()), None)
     if tensor is None:
-        raise ValueError(f"{has}; there is no tensor in {name}. Name with input= the part that the network takes.")
+        raise ValueError(
+            f"{has}; there is no tensor in {name} (of tuples, lists, dicts and dataclasses). Name with "
+            f"input= the part that the network takes. {_OTHERWISE}"
+        )
     return _checked(tensor, f"{has}; the first tensor in {name} is")
 
 
@@ -163,4 +168,6 @@ def _description(batch: object) -> str:
         return f"a {type(batch).__name__} with keys {', '.join(map(repr, batch))}"
     if isinstance(batch, list | tuple):
         return f"a {type(batch).__name__} of {len(batch)} elements"
+    if isinstance(parts := parts_of(batch), Mapping):
+        return f"a {type(batch).__name__} with fields {', '.join(map(repr, parts))}"
     return f"a {type(batch).__name__}"

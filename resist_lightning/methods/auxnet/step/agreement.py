@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -57,20 +58,26 @@ def check_equal(collective: Collective, named: Mapping[str, Tensor], where: str)
 
 
 def named_tensors(batch: object, name: str = "batch") -> dict[str, Tensor]:
-    """The dense tensors in nested tuples, lists and dicts, by their paths: ``batch[0]``, ``batch['image']``."""
+    """The dense tensors in nested containers, by their paths: ``batch[0]``, ``batch['image']``."""
     if isinstance(batch, Tensor):
         # Sparse and nested ones do not consist of samples.
         dense = batch.layout == torch.strided and not batch.is_nested
         return {name: batch} if dense else {}
-    parts: Mapping[Any, object] = {}
-    if isinstance(batch, Mapping):
-        parts = batch
-    elif isinstance(batch, list | tuple):
-        parts = dict(enumerate(batch))
+    parts = parts_of(batch)
+    items = parts.items() if isinstance(parts, Mapping) else enumerate(parts or ())
     found: dict[str, Tensor] = {}
-    for key, part in parts.items():
+    for key, part in items:
         found.update(named_tensors(part, f"{name}[{key!r}]"))
     return found
+
+
+def parts_of(batch: object) -> Mapping[Any, object] | Sequence[object] | None:
+    """The parts of a container by index, key or, of a dataclass, name; None if it is no container that is known."""
+    if isinstance(batch, Mapping | list | tuple):
+        return batch
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name, None) for field in fields(batch)}
+    return None
 
 
 def _summary(tensor: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -204,6 +205,29 @@ def test_the_modules_own_example_must_be_an_input() -> None:
         example(DataLoader(Once(3)), module=module)
 
 
+@dataclass
+class Sample:
+    label: object
+    image: object
+
+
+class Opaque:
+    """A batch of a class of the user's."""
+
+    def to(self, *_: Any, **__: Any) -> Opaque:
+        return self
+
+
+def test_the_modules_own_example_stands_for_a_batch_whose_parts_are_not_known() -> None:
+    module = Module()
+    loader = DataLoader(TensorDataset(torch.rand(4, 3)), batch_size=2, collate_fn=lambda _: Opaque())
+    with pytest.raises(ValueError, match=r"batch is a Opaque; there is no tensor .* Set example_input_array"):
+        example(loader, module=module)
+    module.example_input_array = torch.ones(5, 7)
+
+    assert example(loader, module=module).shape == (5, 7)
+
+
 X, Y, LABEL, IDS = torch.rand(2, 3), torch.rand(2, 4), torch.tensor([1, 2]), torch.tensor([[1, 2], [3, 4]])
 
 
@@ -220,6 +244,8 @@ X, Y, LABEL, IDS = torch.rand(2, 3), torch.rand(2, 4), torch.tensor([1, 2]), tor
         ({"a": (X, LABEL), "b": (Y, LABEL)}, "b", Y),
         ([None, {"image": X}], None, X),
         ((IDS, LABEL), None, IDS),
+        (Sample(LABEL, (X, Y)), "image", X),
+        ({"a": Sample(X, Y)}, None, X),
     ],
 )
 def test_the_first_tensor_of_a_batch_or_of_a_part_is_the_input(batch: Any, which: Any, found: Tensor) -> None:
@@ -238,7 +264,8 @@ def test_the_first_tensor_of_a_batch_or_of_a_part_is_the_input(batch: Any, which
         ((X, LABEL), 2, "batch is a tuple of 2 elements; input=2 is not one of them"),
         ([X, LABEL], "image", "batch is a list of 2 elements; input='image' is not one of them"),
         (X, 0, "batch is a Tensor, of which input=0 can select nothing"),
-        ("text", None, "batch is a str; there is no tensor in the batch"),
+        ("text", None, r"batch is a str; there is no tensor in the batch.*Set example_input_array"),
+        (Sample(X, Y), "img", "batch is a Sample with fields 'label', 'image'; input='img' is not one of them"),
         ({"name": ["a"], "x": X}, "name", "keys 'name', 'x'; there is no tensor in input='name'"),
         ((LABEL, X), None, r"2 elements; the first tensor in the batch is torch\.int64 of shape \(2,\); .* floating"),
         ((X, LABEL), 1, r"the first tensor in input=1 is torch\.int64 of shape \(2,\)"),
