@@ -114,7 +114,7 @@ def _forward(layout: BlockLayout, example: Any) -> overview.Flops:
             return module(**example)
         return module(*example) if isinstance(example, tuple) else module(example)
 
-    look = FirstForward(layout.blocks)
+    look = FirstForward(layout.blocks, module)
     try:
         with _evaluating(module):
             call()

@@ -7,12 +7,12 @@ branch computes; an MLP without a skip connection, a chain of convolutions or a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
@@ -29,15 +29,12 @@ from resist_lightning.methods.resist.bypass import (
     signature,
 )
 from resist_lightning.methods.resist.folding import foldable
+from resist_lightning.methods.resist.identity import is_residual, norms_among_others
+from resist_lightning.methods.resist.network import choice_without
 from resist_lightning.methods.resist.runs import NotSeenError
-from resist_lightning.methods.resist.trial import copied, is_norm, trial, two_samples, zero_weights
+from resist_lightning.methods.resist.trial import copied, trial, two_samples, zero_weights
 from resist_lightning.state.compiled import is_exporting, uncompiled
 from resist_lightning.state.random_state import random_numbers_apart
-
-_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
-    functional.relu, functional.relu6, functional.leaky_relu, functional.elu, functional.gelu, functional.silu,
-    functional.hardswish, functional.mish, torch.tanh,
-)  # fmt: skip
 
 
 class FirstForward:
@@ -49,11 +46,16 @@ class FirstForward:
 
     Args:
         blocks: all blocks, with their own forwards.
+        network: the network that they are in, for errors that name other blocks; None if it is not known.
     """
 
-    def __init__(self, blocks: Iterable[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], network: nn.Module | None = None) -> None:
         known: dict[Any, tuple[BranchEnd, ...]] = {}
-        self._looks = [_Look(block, known) for block in blocks]
+
+        def way_out(block: Block) -> str:
+            return "" if network is None else choice_without(block, blocks, network)
+
+        self._looks = [_Look(block, known, partial(way_out, block)) for block in blocks]
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -67,11 +69,13 @@ class _Look:
     Args:
         block: the block.
         known: the branch ends of blocks that were checked, by their kind; shared by all checks.
+        way_out: gives a sentence for errors that names the blocks to choose instead.
     """
 
-    def __init__(self, block: Block, known: dict[Any, tuple[BranchEnd, ...]]) -> None:
+    def __init__(self, block: Block, known: dict[Any, tuple[BranchEnd, ...]], way_out: Callable[[], str]) -> None:
         module = block.module
         self._block = block
+        self._way_out = way_out
         self._known = known
         self._argument = first_argument(module)
         self._signature = signature(module)
@@ -187,11 +191,11 @@ class _Look:
                 given = [value.clone() for value in inputs]
                 arguments = [self._arguments(value, args, kwargs) for value in given]
                 outputs = [self._forward(*others, **named) for others, named in arguments]
-                norms = _norms_among_others(self._body)
+                norms = norms_among_others(self._body)
                 if not isinstance(outputs[0], Tensor):
                     self._block.seen.output = output_form(outputs, by_path(self._signature, *arguments[0]))
                 tensors = [self._tensor_in(output) for output in outputs]
-                residual = all(isinstance(value, Tensor) for value in tensors) and _is_residual(inputs, tensors, norms)
+                residual = all(isinstance(value, Tensor) for value in tensors) and is_residual(inputs, tensors, norms)
         except Exception:  # noqa: BLE001 - the user's code, given unexpected arguments
             return
         # Outside of the `try`: these errors are for the user.
@@ -202,15 +206,16 @@ class _Look:
             raise BlockSelectionError(
                 f"block {self._block.name!r} ({type(self._block.module).__name__}) writes into its input (x += ..., "
                 "inplace=True), but its residual branch is scaled with that input, as x + s (block(x) - x). Write x = "
-                "x + ... instead, leave the block out of `blocks`, or declare `residual_branch_end` in its class "
-                "(docs/adding-a-model.md)."
+                f"x + ... instead, leave the block out of `blocks`{self._way_out()}, or declare `residual_branch_end` "
+                "in its class (docs/adding-a-model.md)."
             )
         if not residual:
             raise BlockSelectionError(
                 f"block {self._block.name!r} ({type(self._block.module).__name__}) is not residual: with its weights "
                 "at zero it does not return its input (nor an activation or a norm of it), so leaving it out is not "
-                "the identity. Leave it out of `blocks`; if its caller adds the input, move that sum into its forward; "
-                "if it adds a residual itself, declare `residual_branch_end` in its class (docs/adding-a-model.md)."
+                f"the identity. Leave it out of `blocks`{self._way_out()}; if its caller adds the input, move that sum "
+                "into its forward; if it adds a residual itself, declare `residual_branch_end` in its class "
+                "(docs/adding-a-model.md)."
             )
 
     def _arguments(
@@ -238,18 +243,19 @@ class _Look:
             raise BlockSelectionError(
                 f"block {name!r} returns a {type(output).__name__} with values that it computes itself, but a block "
                 "that is left out can only return its input, and pass on other arguments. Return the tensor alone, or "
-                "leave the block out of `blocks`."
+                f"leave the block out of `blocks`{self._way_out()}."
             )
         if value.shape != x.shape:
             raise BlockSelectionError(
                 f"block {name!r} changes the shape of its input from {tuple(x.shape)} to {tuple(value.shape)}, so "
-                "leaving it out is not the identity. Leave it out of `blocks`."
+                f"leaving it out is not the identity. Leave it out of `blocks`{self._way_out()}."
             )
         casts = torch.is_autocast_enabled(x.device.type) and value.is_floating_point()
         if value.dtype != x.dtype and not casts:
             raise BlockSelectionError(
                 f"block {name!r} changes the data type of its input from {x.dtype} to {value.dtype}, so leaving it "
-                "out is not the identity. Return the data type of the input, or leave the block out of `blocks`."
+                "out is not the identity. Return the data type of the input, or leave the block out of "
+                f"`blocks`{self._way_out()}."
             )
 
 
@@ -263,37 +269,3 @@ def _kind(body: nn.Module) -> Any:
     """A key that is the same for blocks of one class with tensors of the same names and shapes."""
     tensors = [*body.named_parameters(), *body.named_buffers()]
     return type(body), tuple((name, tensor.shape) for name, tensor in tensors)
-
-
-def _norms_among_others(module: nn.Module) -> list[nn.Module]:
-    """The norms of a module, unless norms are all that it has."""
-    norms = [child for child in module.modules() if is_norm(child)]
-    in_norms = sum(1 for norm in norms for _ in norm.parameters())
-    return norms if in_norms < sum(1 for _ in module.parameters()) else []
-
-
-def _is_residual(inputs: Sequence[Tensor], outputs: Sequence[Tensor], norms: Sequence[nn.Module]) -> bool:
-    """Whether the outputs are the inputs plus a constant, or an activation or a norm of the inputs."""
-    x, y = _numbers(inputs[0]), _numbers(outputs[0])
-    if x.shape != y.shape or not y.isfinite().all():
-        return True  # shapes are compared elsewhere, and without entries nothing is known
-    coarse = inputs[0].dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type)
-    tolerance = 0.05 if coarse else 1e-3
-
-    def same(a: Tensor, b: Tensor) -> bool:
-        return bool(((a - b).abs().max() <= tolerance).item()) if a.numel() else True
-
-    if same(_numbers(outputs[1]) - y, _numbers(inputs[1]) - x) or any(same(y, act(x)) for act in _ACTIVATIONS):
-        return True
-    for norm in norms:
-        try:
-            normed = _numbers(norm(inputs[0]))
-        except Exception:  # noqa: BLE001 - of another width
-            continue
-        if any(same(y, act(normed)) for act in (lambda value: value, *_ACTIVATIONS)):
-            return True
-    return False
-
-
-def _numbers(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor.float()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.residual import untrained
-from resist_lightning.methods.resist.network import left_out
+from resist_lightning.methods.resist.network import ONLY_LOOKING, PARTITIONED, left_out, only_look_residual, share_of
 
 if TYPE_CHECKING:  # which warns with it
     from resist_lightning.methods.resist.layout import BlockLayout
@@ -25,6 +25,7 @@ def warn_about_settings(layout: BlockLayout) -> None:
                 "chains of layers, or belong to a network that does not train."
             )
         warnings.warn(f"{summary(unused)} {why}", stacklevel=4)
+    _warn_of_blocks_that_only_look_residual(layout)
     still = untrained(layout.module, layout.blocks, layout.trained)
     if still:
         warnings.warn(
@@ -53,6 +54,14 @@ def warn_about_settings(layout: BlockLayout) -> None:
             "train only shared layers. Set min_blocks=1 or more, or start fewer workers.",
             stacklevel=4,
         )
+
+
+def _warn_of_blocks_that_only_look_residual(layout: BlockLayout) -> None:
+    if layout.config.blocks is not None or share_of(layout.module, layout.blocks) >= PARTITIONED:
+        return
+    others = only_look_residual(layout.module)
+    if others:
+        warnings.warn(f"{summary(others)} {ONLY_LOOKING}: they stay shared.", stacklevel=5)
 
 
 def _warn_of_idle_fragments(layout: BlockLayout) -> None:

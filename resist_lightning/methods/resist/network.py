@@ -23,14 +23,21 @@ from resist_lightning.methods.residual import (
     why_not,
 )
 from resist_lightning.methods.resist.config import BlockChoice
+from resist_lightning.methods.resist.identity import kind_of, residual_only
+from resist_lightning.methods.resist.short_globs import short_globs
 from resist_lightning.methods.resist.structure import repeated_blocks, sections
 from resist_lightning.methods.tracing import names_of_tensors
 
-_PARTITIONED = 0.5
+PARTITIONED = 0.5
 """Share of the parameters in partitioned blocks from which on two workers hold at most three quarters each."""
 
 _CLOSE = 0.05
 """A later choice is not worth it if it partitions only this share more."""
+
+ONLY_LOOKING = (
+    "look residual, but do not return their input with their weights at zero, so leaving them out is not the identity"
+)
+_OTHER_STRATEGIES = "'ist' deals out hidden neurons, 'auxnet' cuts by depth, 'local_sgd' divides nothing"
 
 
 def select_blocks(
@@ -91,6 +98,13 @@ def left_out(module: nn.Module, choice: BlockChoice, trained: Collection[int] | 
     return tuple(name for name in dict.fromkeys(matched) if name not in chosen)
 
 
+def only_look_residual(module: nn.Module) -> list[str]:
+    """Names of the candidates that the default leaves out, as a trial shows that they are not residual."""
+    looking = repeated_blocks(module)
+    residual = residual_only(looking)
+    return [block.name for block in looking if block not in residual]
+
+
 def default_choices(module: nn.Module, trained: Collection[int] | None = None) -> tuple[list[Block], ...]:
     """The choices that the default is taken from, in their order: each may be empty.
 
@@ -98,11 +112,11 @@ def default_choices(module: nn.Module, trained: Collection[int] | None = None) -
     the blocks of all sections without the first of each; all blocks that keep the shape. Of networks that train only,
     and without blocks that have a tensor in common with other modules.
     """
-    repeated = repeated_blocks(module)
-    without_first = [block for section in sections(repeated, module).values() for block in section]
+    repeated = residual_only(repeated_blocks(module))
+    without_first = [block for section in sections(tuple(repeated), module).values() for block in section]
     names = names_of_tensors(module)
     choices = []
-    for blocks in (_paper_rule(module), without_first, list(repeated)):
+    for blocks in (_paper_rule(module), without_first, repeated):
         still = untrained(module, blocks, trained)
         choices.append([block for block in blocks if block not in still and not _tied_names(block, names)])
     return tuple(choices)
@@ -116,6 +130,16 @@ def names_chosen(module: nn.Module, patterns: Sequence[str], trained: Collection
         return []
 
 
+def choice_without(refused: Block, blocks: Sequence[Block], module: nn.Module) -> str:
+    """Words for errors: the value of the option ``blocks`` without a block and all others of its kind."""
+    kind = kind_of(refused.module)
+    rest = [block.name for block in blocks if kind_of(block.module) != kind]
+    if not rest:
+        return f" (no other kind is among them; {_OTHER_STRATEGIES})"
+    globs = short_globs(rest, lambda globs: names_chosen(module, globs))
+    return f" (blocks={globs[0] if len(globs) == 1 else list(globs)!r} chooses all but its kind)"
+
+
 def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[Block]:
     """The first of :func:`default_choices` with which two workers hold at most three quarters of the parameters each.
 
@@ -124,17 +148,18 @@ def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[
     choices = default_choices(module, trained)
     if not any(choices):
         # Both rules name some blocks; an error names each once, in the order of the network.
-        by_name = {block.name: block for block in [*repeated_blocks(module), *_paper_rule(module)]}
+        by_name = {block.name: block for block in [*residual_only(repeated_blocks(module)), *_paper_rule(module)]}
         possible = list(by_name.values())
         _refuse_untrained(module, possible, trained)
         _refuse_tied(possible, names_of_tensors(module))
+        others = only_look_residual(module)
+        tried = f" {summary(others)} {ONLY_LOOKING}." if others else ""
         raise BlockSelectionError(
-            "no residual block that keeps the shape of its input was found; choose with `blocks=`. "
-            f"{candidates(module)} Or take a strategy that needs no such blocks: 'ist' deals out hidden neurons, "
-            "'auxnet' cuts by depth, 'local_sgd' divides nothing."
+            f"no residual block that keeps the shape of its input was found; choose with `blocks=`.{tried} "
+            f"{candidates(module)} Or take a strategy that needs no such blocks: {_OTHER_STRATEGIES}."
         )
     shares = [share_of(module, blocks) for blocks in choices]
-    enough = min(_PARTITIONED, max(shares) - _CLOSE)
+    enough = min(PARTITIONED, max(shares) - _CLOSE)
     return next(blocks for blocks, share in zip(choices, shares, strict=True) if blocks and share >= enough)
 
 

@@ -145,7 +145,7 @@ class Simulator:
         made = make_optimizers(module)
         optimizers = [made] if isinstance(made, Optimizer) else list(made)
         blocks = select_blocks(module, self.config.blocks)
-        FirstForward(blocks)
+        FirstForward(blocks, module)
         # A wrapper of torch.compile has its forward as an attribute, as code of the user's may.
         self._forwards.append([vars(block.module).get("forward") for block in blocks])
         return SimulatedWorker(module, optimizers, blocks, InputRecorder(module, self.config.recalibration_batches))

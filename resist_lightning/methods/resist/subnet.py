@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from resist_lightning.methods.residual import Block
 from resist_lightning.methods.resist.bypass import Bypass
@@ -67,10 +68,12 @@ class Subnet:
     Args:
         blocks: the partitionable blocks; all present, or without memory from the beginning.
         device: device of present blocks.
-        look: whether the first forward of each is checked.
+        look: the network that they are in, if the first forward of each block is checked.
     """
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device | None = None, *, look: bool = False) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], device: torch.device | None = None, *, look: nn.Module | None = None
+    ) -> None:
         self._look = look
         self._first_forward: FirstForward | None = None
         self._blocks = [SubnetBlock(block, device) for block in blocks]
@@ -97,9 +100,9 @@ class Subnet:
             keep: the blocks to keep, by index.
             reason: gives the reason of absence for a block, by index.
         """
-        if self._look and self._first_forward is None:
+        if self._look is not None and self._first_forward is None:
             # While the blocks still have their own forwards.
-            self._first_forward = FirstForward([subnet.block for subnet in self._blocks])
+            self._first_forward = FirstForward([subnet.block for subnet in self._blocks], self._look)
         # Freeing comes first, so that the peak is the memory of one sub-network.
         for index, subnet in enumerate(self._blocks):
             if subnet.present and (index not in keep or subnet.unmade):

@@ -42,7 +42,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         if layout.config.momentum == "reset" and layout.config.fragments > 1:
             states.check_reset_by_parameter()
         self._stepped = False
-        self._subnet = Subnet(layout.blocks, device, look=layout.partial or layout.scaling.scale != 1)
+        look = layout.partial or layout.scaling.scale != 1
+        self._subnet = Subnet(layout.blocks, device, look=layout.module if look else None)
         self._compressed_mean = CompressedMean(collective, quantizer) if quantizer is not None else None
         self._outer: OuterOptimizer | None = None
         if layout.config.outer == "nesterov":
