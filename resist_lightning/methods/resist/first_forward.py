@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from resist_lightning.errors import BlockSelectionError
@@ -171,11 +171,16 @@ class _Look:
         hint: Sequence[BranchEnd],
         dtype: torch.dtype,
     ) -> tuple[BranchEnd, ...]:
-        def call(value: Tensor) -> Any:
-            others, named = self._arguments(value, args, kwargs, dtype)
-            return self._forward(*others, **named)
+        def find(*, everywhere: bool) -> tuple[BranchEnd, ...]:
+            def call(value: Tensor) -> Any:
+                others, named = self._arguments(value, args, kwargs, dtype, everywhere=everywhere)
+                return self._forward(*others, **named)
 
-        ends = find_branch_ends(self._body, x, call, hint, dtype)
+            return find_branch_ends(self._body, x, call, hint, dtype)
+
+        ends = find(everywhere=False)
+        if not ends and sum(leaf is x for leaf in tree_leaves((args, kwargs))) > 1:
+            ends = find(everywhere=True)
         for end in ends:
             for name in (*end.tensors, *end.divided):
                 if f"{self._prefix}{name}" in self._block.not_own:
@@ -219,14 +224,30 @@ class _Look:
             )
 
     def _arguments(
-        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None = None,
+        *,
+        everywhere: bool = True,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments with another input, and copies of all others."""
+        """Arguments with another input, and copies of all others.
+
+        Args:
+            x: the other input.
+            args: the arguments by position.
+            kwargs: the arguments by name.
+            dtype: data type of the copies; None for their own.
+            everywhere: whether ``x`` also stands where the input is passed again, as a shortcut for example.
+        """
+        given = args[0] if args else kwargs[self._argument]
+        leaves, structure = tree_flatten((args, kwargs))
+        own = [x if everywhere and leaf is given else copied(leaf, dtype) for leaf in leaves]
+        others, named = tree_unflatten(own, structure)
         if args:
-            others, named = copied((args[1:], kwargs), dtype)
-            return (x, *others), named
-        others = {name: value for name, value in kwargs.items() if name != self._argument}
-        return (), {self._argument: x, **copied(others, dtype)}
+            return (x, *others[1:]), named
+        return (), {**named, self._argument: x}
 
     def _present(self) -> bool:
         # Asked of the forward, not of the tensors: a simulated worker has the tensors of absent blocks too.

@@ -168,9 +168,14 @@ def two_samples(
         counted = tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.dim() == 0
         if not counted and len(tensor) not in (1, len(x)):
             return None
-    cut = [leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(x) else leaf for leaf in leaves]
+    first = x[:2]
+    cut = []
+    for leaf in leaves:
+        per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == len(x)
+        # One object, as before: an input that is passed twice is recognised by it.
+        cut.append(first if leaf is x else leaf[:2] if per_sample else leaf)
     given, named = tree_unflatten(cut, structure)
-    return x[:2], given, named
+    return first, given, named
 
 
 def _copied_leaf(leaf: Any, dtype: torch.dtype | None) -> Any:

@@ -96,6 +96,29 @@ def test_a_declaration_is_taken_at_its_word():
     assert block(torch.randn(TOKEN_INPUT)).shape == TOKEN_INPUT
 
 
+class Shortcut(nn.Module):
+    """Adds a shortcut that its caller passes, as the blocks of DLA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        return (self.inside(x.relu()) + (x if shortcut is None else shortcut)).relu()
+
+
+def test_a_block_that_is_given_its_input_twice_is_residual_and_with_another_shortcut_it_is_not():
+    blocks = [block_at(f"layer.{index}", Shortcut()) for index in range(3)]
+    FirstForward(blocks)
+    x = torch.randn(3, TOKENS, WIDTH)
+    blocks[0].module(x, x)
+    blocks[1].module(x=x, shortcut=x)
+    for block in blocks[:2]:
+        assert set(folded([block])) == {f"{block.name}.inside.weight", f"{block.name}.inside.bias"}
+    with pytest.raises(BlockSelectionError, match="is not residual"):
+        blocks[2].module(x, 2 * x)
+
+
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
