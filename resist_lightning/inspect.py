@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from resist_lightning.errors import BlockSelectionError
+from resist_lightning.methods.globs import summary
 from resist_lightning.methods.resist import overview
 from resist_lightning.methods.resist.config import Config
 from resist_lightning.methods.resist.first_forward import FirstForward
@@ -42,7 +44,7 @@ class Inspection:
         rows: one for each section and class of blocks.
         costs: memory, traffic and computation of a worker.
         alternatives: other choices of blocks.
-        note: missing results, and how to get them; empty if there are none.
+        note: missing results and how to get them, and blocks that a training refuses; empty if there are none.
     """
 
     layout: BlockLayout
@@ -94,11 +96,20 @@ def inspect_model(module: nn.Module, *, workers: int = 2, example: Any = None, *
     """
     layout = BlockLayout(module, Config(**options), workers)
     flops = None if example is None else _forward(layout, example)
-    note = (
-        "" if example is not None else "FLOPs, and whether unknown blocks fold, are only known with an example input."
-    )
-    return Inspection(
-        layout, overview.rows(layout, flops), overview.costs(layout, flops), overview.alternatives(layout), note
+    rows, costs, others = overview.rows(layout, flops), overview.costs(layout, flops), overview.alternatives(layout)
+    return Inspection(layout, rows, costs, others, _note(layout, example))
+
+
+def _note(layout: BlockLayout, example: Any) -> str:
+    if example is None:
+        return "FLOPs, and whether unknown blocks fold, are only known with an example input."
+    past = [block.name for block in layout.blocks if block.seen.called is False]
+    if not past:
+        return ""
+    return fill(
+        f"The forward did not call {summary(past)} as block(x): a training refuses blocks that are called as "
+        "block.forward(x), past their hooks.",
+        100,
     )
 
 
@@ -196,7 +207,8 @@ def _inspect(module: nn.Module, workers: int, inputs: Sequence[str], given: Mapp
         return replace(found, note=f"{found.note} {guess} did not fit: give --input SHAPE.")
     if guess is None:
         return measured
-    return replace(measured, note=f"Measured with an input of {guess}, a guess; give --input SHAPE for another.")
+    said = f"{measured.note}\nMeasured with an input of {guess}, a guess; give --input SHAPE for another."
+    return replace(measured, note=said.lstrip())
 
 
 def _parser() -> argparse.ArgumentParser:

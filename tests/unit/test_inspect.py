@@ -171,6 +171,21 @@ def test_a_block_that_only_looks_residual_is_refused():
         inspect_model(mlp(Plain), example=torch.randn(2, 3), blocks="body.*")
 
 
+class PastHooks(nn.Sequential):
+    """Calls the forwards of its blocks, past their hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block.forward(x)
+        return x
+
+
+def test_blocks_that_a_training_will_refuse_as_they_are_called_past_their_hooks_are_named():
+    inspection = inspect_model(PastHooks(*(Folding() for _ in range(4))), example=torch.randn(2, 6))
+    assert "did not call 1-3 as block(x): a training refuses" in inspection.note
+    assert not inspect_model(nn.Sequential(*(Folding() for _ in range(4))), example=torch.randn(2, 6)).note
+
+
 def test_misspelt_settings_are_refused():
     with pytest.raises(TypeError, match="min_block"):
         inspect_model(small_preact(), min_block=1)
