@@ -222,7 +222,7 @@ class CallsParts(Classifier):
 
 
 ODD: dict[type[Classifier], tuple[type[Exception], str]] = {
-    CallsTwice: (RuntimeError, "Call it once per training_step"),
+    CallsTwice: (RuntimeError, "Call the network once per training_step"),
     EvaluatesInStep: (PartialModelError, "Evaluate through the Trainer"),
     CallsParts: (PartialModelError, "Call net as a whole in training, not its parts"),
     EvalModeInStep: (PartialModelError, "Evaluate through the Trainer"),
