@@ -115,6 +115,8 @@ class Resumption:
         held, held_next = self._layout.held(self._clock.round), self._held_next()
         same = same_layout and state.get("held") == held and state.get("held_next", held_next) == held_next
         self._own = own if same else None
+        if self._own is not None:
+            self._states.check_fits(self._own["optimizers"])
         # Another partition cannot begin in mid-round; the full model equals the result of a sync.
         if not same and self._clock.step:
             self._clock.next_round()

@@ -87,6 +87,15 @@ class Findings:
     estimates: list[str] = field(default_factory=list)
     unknown: str = ""
 
+    def not_from_zeros(self) -> Iterator[tuple[str, str]]:
+        """Names of the slots that zeros would be wrong for, and the reason in words."""
+        for slots in self.slots.values():
+            for name, slot in slots.items():
+                if slot.copies_weights:
+                    yield name, "is a copy of the weights"
+                elif slot.begins_filled:
+                    yield name, "begins with other values than zeros"
+
 
 def probe(optimizer: Optimizer, device: torch.device) -> list[Findings]:
     """Findings on an optimizer and each inner one. Changes neither it nor its parameters nor a random generator.

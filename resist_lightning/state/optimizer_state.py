@@ -105,7 +105,7 @@ class OptimizerStates:
                     f"momentum={momentum!r} cannot move {odd!r} of {name}, which has another shape than its parameter; "
                     f"use momentum={instead}."
                 )
-            unfit = next(_not_from_zeros(found.slots.values()), None)
+            unfit = next(found.not_from_zeros(), None)
             if cut and unfit is not None:
                 key, reason = unfit
                 raise ValueError(
@@ -124,9 +124,9 @@ class OptimizerStates:
                 warnings.warn(
                     f"{type(tracked.optimizer).__name__} counts the steps of a whole parameter "
                     f"({', '.join(sorted(counts))}). With momentum={momentum!r} entries that arrive without state get "
-                    "zeros while that count goes on, so a correction by it, as Adam's, is left out for them: their "
-                    "steps are several times as long as the learning rate says. Use momentum='reset' or an "
-                    "optimizer without a count, such as SGD.",
+                    "zeros while that count goes on. If the optimizer corrects by the count, as Adam does, that "
+                    "correction is left out for them: their steps are several times as long as the learning rate says. "
+                    "Use momentum='reset' or an optimizer without a count, such as SGD.",
                     stacklevel=4,
                 )
 
@@ -172,6 +172,15 @@ class OptimizerStates:
     def state_dict(self) -> list[dict[str, Any]]:
         """State and parameter groups of each optimizer; groups too, as schedules may differ between workers."""
         return [tracked.state_dict() for tracked in self._tracked]
+
+    def check_fits(self, states: Sequence[dict[str, Any]]) -> None:
+        """Check that a :meth:`state_dict` fits the optimizers, of which some may be of another class.
+
+        Raises:
+            CheckpointError: if it does not.
+        """
+        for tracked, state in zip(self._tracked, states, strict=False):
+            tracked.check_fits(state)
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Load a :meth:`state_dict`, bit for bit; by position, where there are more or fewer optimizers than in it."""
@@ -268,16 +277,6 @@ class OptimizerStates:
                 if parameter.requires_grad and id(parameter) in group_of:
                     group = group_of[id(parameter)]
                     yield parameter, tracked, tracked.slots(group, parameter)
-
-
-def _not_from_zeros(kinds: Iterable[dict[str, Slot]]) -> Iterator[tuple[str, str]]:
-    """Names of the slots that zeros would be wrong for, and the reason in words."""
-    for slots in kinds:
-        for name, slot in slots.items():
-            if slot.copies_weights:
-                yield name, "is a copy of the weights"
-            elif slot.begins_filled:
-                yield name, "begins with other values than zeros"
 
 
 def ids_of_parameters(optimizers: Iterable[Optimizer]) -> set[int]:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from resist_lightning.state.host_copies import copied
+from resist_lightning.state.optimizer_match import CLASS, check_fits, check_groups
 from resist_lightning.state.optimizer_probe import Findings, Slot
 from resist_lightning.state.optimizer_twin import kind_of
 from resist_lightning.state.python_numbers import python_numbers
@@ -97,7 +98,7 @@ class TrackedOptimizer:
             groups.append({**group, "params": places})
         # State of the whole optimizer stands under a name.
         state = {index.get(id(key), key): value for key, value in self.optimizer.state.items()}
-        saved: dict[str, Any] = {"state": state, "param_groups": groups}
+        saved: dict[str, Any] = {"state": state, "param_groups": groups, CLASS: type(self.optimizer).__name__}
         attributes = {}
         for name in self._first_attributes:
             if hasattr(self.optimizer, name):
@@ -106,15 +107,31 @@ class TrackedOptimizer:
             saved["attributes"] = attributes
         return python_numbers(saved)  # type: ignore[no-any-return]
 
+    def check_fits(self, saved: dict[str, Any]) -> None:
+        """Check that a :meth:`state_dict`, which may be of another class, fits this optimizer.
+
+        Raises:
+            CheckpointError: if it does not.
+        """
+        check_groups(self.optimizer, saved)
+        parameters, groups = self._parameters(), self.groups()
+        missing: set[str] = set()
+        for place, state in saved["state"].items():
+            if not isinstance(place, int):
+                continue
+            parameter = parameters[place]
+            slots = self.slots(groups[id(parameter)], parameter)
+            # Less state alone is of other settings of the same class, such as `amsgrad`; torch then takes the saved.
+            if state.keys() - slots.keys():
+                missing |= slots.keys() - state.keys()
+        check_fits(self.optimizer, saved, missing)
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Load copies of :meth:`state_dict` in place, without the casts of torch's ``load_state_dict``."""
         # In place because the groups may belong to another optimizer too.
-        parameters: list[nn.Parameter] = []
         for group, values in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
             group.update(copied({name: value for name, value in values.items() if name != "params"}))
-            known = set(map(id, parameters))
-            parameters += [parameter for parameter in group["params"] if id(parameter) not in known]
-        groups = self.groups()
+        parameters, groups = self._parameters(), self.groups()
         self.optimizer.state.clear()
         for place, state in saved["state"].items():
             if not isinstance(place, int):  # state of the whole optimizer, under a name
@@ -128,6 +145,16 @@ class TrackedOptimizer:
                 counter = name in slots and not slots[name].shaped
                 loaded[name] = _copied_to(slots[name].device if counter else parameter.device, value)
         vars(self.optimizer).update(copied(saved.get("attributes", {})))
+        if saved.get(CLASS, type(self.optimizer).__name__) != type(self.optimizer).__name__:
+            # As torch's: a class may correct what it was given, as AdamW does the weight decay of Adam's groups.
+            self.optimizer.__setstate__({"state": self.optimizer.state, "param_groups": self.optimizer.param_groups})
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The parameters in the order of their places in :meth:`state_dict`."""
+        found: dict[int, nn.Parameter] = {}
+        for group in self.optimizer.param_groups:
+            found.update((id(parameter), parameter) for parameter in group["params"])
+        return list(found.values())
 
     def _first(self, group: dict[str, Any], name: str) -> Any:
         """A group's number before the first step; of an optimizer that has stepped, its default."""

@@ -18,7 +18,6 @@ from typing_extensions import override
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import refuse_lazy
 from resist_lightning.methods.config import CommonConfig
-from resist_lightning.state.unmade import is_unmade, load_optimizer_state
 from resist_lightning.strategies.building import building, loading, move_built, undo_layer_sync, without_module
 from resist_lightning.strategies.data.shards import own_order, warn_without_own_order
 from resist_lightning.strategies.first import FirstEvaluates, check_full_model, evaluate_alone
@@ -26,11 +25,12 @@ from resist_lightning.strategies.launching.checks import check_callbacks, check_
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.launching.launchers import make_launcher
 from resist_lightning.strategies.launching.processes import ProcessLauncher
-from resist_lightning.strategies.local_steps import LocalSteps, take_step, unwrapped
+from resist_lightning.strategies.local_steps import LocalSteps, take_step
 from resist_lightning.strategies.messages import MessagesStrategy
 from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.process_group import ProcessGroup
 from resist_lightning.strategies.saving.checkpoint_io import or_atomic
+from resist_lightning.strategies.saving.optimizer_groups import groups_of, load_optimizers
 from resist_lightning.strategies.saving.resumer import Resumer
 from resist_lightning.strategies.saving.saver import Saver
 from resist_lightning.strategies.session import FitSession, making_training_loaders
@@ -223,17 +223,11 @@ class SubnetStrategy(MessagesStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The parameter groups only: optimizer state differs between workers, and each writes its own file."""
-        return {**unwrapped(optimizer).state_dict(), "state": {}}
+        return groups_of(optimizer)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the optimizers' states from another strategy's checkpoint; ours have only their parameter groups."""
-        assert self.lightning_module is not None
-        if not is_unmade(self.lightning_module):
-            super().load_optimizer_state_dict(checkpoint)
-            return
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            load_optimizer_state(unwrapped(optimizer), state, self.root_device)
+        load_optimizers(self, checkpoint, super().load_optimizer_state_dict)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningR
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
+from resist_lightning.errors import CheckpointError
 from tests.helpers.plain import CLASSES, held_out
 from tests.helpers.small import Small
 from tests.helpers.trainers import make_strategy, make_trainer
@@ -70,6 +71,25 @@ def test_a_fit_after_the_evaluation_of_a_checkpoint_counts_its_rounds_from_its_o
     trainer.validate(module, loader, ckpt_path=tmp_path / "a.ckpt", verbose=False)
     trainer.fit(module, loader)
     assert rounds == [0, 0, 0, 1, 1]
+
+
+def test_another_optimizer_than_that_of_the_checkpoint_is_refused_before_the_training(tmp_path: Path) -> None:
+    """Torch took the hyperparameters of the checkpoint alone, and the first step ended with `KeyError: 'betas'`."""
+    loader = DataLoader(Augmented(), batch_size=4)
+    first = make_trainer(make_strategy(), max_steps=1)
+    first.fit(Small(), loader)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    del saved["optimizer_states"][0]["class"]  # as other strategies and earlier versions have saved
+    torch.save(saved, tmp_path / "b.ckpt")
+    for name, written_with in (("a", "SGD"), ("b", "another optimizer")):
+        with pytest.raises(CheckpointError, match=f"written with {written_with}, and does not fit AdamW"):
+            make_trainer(make_strategy(), max_steps=3).fit(
+                Small(optimizer="adamw"), loader, ckpt_path=tmp_path / f"{name}.ckpt"
+            )
+    module = Small(optimizer="adamw")
+    module.load_state_dict(saved["state_dict"])
+    make_trainer(make_strategy(), max_steps=1).fit(module, loader)  # the way out that the error names
 
 
 class TakesTheIterator(Small):

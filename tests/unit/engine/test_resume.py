@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from resist_lightning import QSR, Config, Engine, PostLocal
 from resist_lightning.comm.collective import SoloCollective
+from resist_lightning.errors import CheckpointError
 from tests.helpers.training import (
     Run,
     assert_equal_states,
@@ -81,6 +83,18 @@ def test_blocks_may_be_in_a_checkpoint_wrapper_in_one_run_and_not_in_the_next(wr
     parameters = [name for name, _ in unbroken.named_parameters()]  # running statistics count a second forward
     found, expected = model.state_dict(), unbroken.state_dict()
     assert_equal_states(*({name: each[name] for name in parameters} for each in (found, expected)), exactly=True)
+
+
+def test_a_worker_s_own_state_of_another_optimizer_is_refused_before_the_start():
+    run = Run(Config(local_steps=3), steps=8)
+    engine, model, _ = trained_engine(run, 6, finish=False)
+    with engine.full_model("checkpoint"):
+        state, own = engine.checkpoint_state(), engine.resumption.state_dict()
+    assert not own["optimizers"][0]["state"]  # between two rounds, which restart it
+    again = Engine(model, [torch.optim.AdamW(model.parameters())], run.config)
+    with pytest.raises(CheckpointError, match="with SGD, and does not fit AdamW"):
+        again.restore(state, own)
+    assert again.restore(state)  # the way out
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from resist_lightning.errors import CheckpointError
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.python_numbers import python_numbers
 from tests.helpers.nets import small_preact
@@ -108,6 +109,73 @@ def test_optimizers_of_another_number_are_loaded_by_position():
             states.load_state_dict(saved)
         assert (first.param_groups[0]["lr"], second.param_groups[0]["lr"]) == rates
     assert len(second.state) == len(list(module.parameters()))
+
+
+SGD, ADAM, ADAMW, ADAMAX = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax
+
+
+def saved_by(make, module):
+    optimizer = make(module.parameters(), lr=0.1, weight_decay=0.01)
+    stepped(module, optimizer)
+    return OptimizerStates([optimizer]).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named", "said"),
+    [
+        (
+            SGD,
+            ADAMW,
+            True,
+            r"written with SGD, and does not fit AdamW: it has no betas, eps\. Resume with SGD; or begin",
+        ),
+        (ADAMW, SGD, True, r"written with AdamW, and does not fit SGD: it has no dampening, momentum\."),
+        (ADAM, ADAMAX, True, r"written with Adam, and does not fit Adamax: it has no exp_inf\."),
+        (SGD, ADAMW, False, r"written with another optimizer, and does not fit AdamW: it has no betas, eps\."),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused_where_it_does_not_fit(before, now, named, said):
+    """A KeyError at the first step; between two rounds of momentum="reset" its learning rate was taken, in silence."""
+    module = small_preact()
+    saved = saved_by(before, module)
+    if not named:  # of an earlier version
+        del saved[0]["class"]
+    states = OptimizerStates([now(module.parameters(), lr=0.1)])
+    with pytest.raises(CheckpointError, match=said):
+        states.check_fits(saved)
+
+
+def test_the_state_of_another_optimizer_that_fits_is_taken_as_by_torch():
+    """AdamW decayed weights as Adam does: torch corrects the group that it loads."""
+    module = small_preact()
+    saved = saved_by(ADAM, module)
+    optimizer = ADAMW(module.parameters(), lr=0.5, amsgrad=True)
+    states = OptimizerStates([optimizer])
+    with pytest.warns(UserWarning, match="AdamW resumes from the state of Adam, with the hyperparameters of the check"):
+        states.check_fits(saved)
+    states.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["amsgrad"], group["decoupled_weight_decay"]) == (0.1, False, True)
+    stepped(module, optimizer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_optimizer_of_the_same_class_may_know_more_than_its_earlier_version_has_saved():
+    module = small_preact()
+    saved = saved_by(ADAMW, module)
+    del saved[0]["param_groups"][0]["eps"]
+    OptimizerStates([ADAMW(module.parameters(), lr=0.1)]).check_fits(saved)
+
+
+def test_state_goes_to_no_other_parameters_where_groups_have_changed():
+    module = small_preact()
+    saved = saved_by(SGD, module)
+    first, *others = module.parameters()
+    states = OptimizerStates([SGD([{"params": others}, {"params": [first]}], lr=0.1)])
+    with pytest.raises(
+        CheckpointError, match=rf"groups of SGD have \[{len(others)}, 1\] parameters, and .* as they were"
+    ):
+        states.check_fits(saved)
 
 
 def test_milestones_of_numpy_become_numbers_of_python():
