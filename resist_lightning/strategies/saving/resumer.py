@@ -155,7 +155,9 @@ class Resumer:
         # The engine starts with the modes that the run began with: later switches are changes of these.
         modes.begin(engine.layout.module)
         exact = engine.start()  # where one worker lacks its own file, nobody uses its own
-        self._state = {**state, **{key: {} for key in ("originals", "norm_statistics") if key in state}}  # used up
+        # From here on the module's weights are not those of the checkpoint, to which a `fit` after an error must not go
+        # back. LearningRateFinder, which trains first, loads the state again.
+        self._state = {}
         modes.apply(as_named_in(engine.module, state.get("modes", {})))
         if own is not None and exact:
             trainer_state.load_state_dict(as_named_in(engine.module, own["host"]))

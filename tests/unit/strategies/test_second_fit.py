@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -127,6 +127,24 @@ def test_after_a_test_of_a_checkpoint_a_fit_goes_on_from_its_full_model(tmp_path
     assert state["step"] == 2
     assert "files" not in state
     assert torch.load(tmp_path / "middle.ckpt", weights_only=True)["resist_lightning"]["files"]
+
+
+def test_a_fit_after_an_error_goes_on_from_the_module_and_not_from_the_checkpoint_before(tmp_path: Path) -> None:
+    """It went back to the weights of the checkpoint that the fit with the error had resumed from, in silence."""
+    saving = ModelCheckpoint(tmp_path, "middle", every_n_train_steps=2)
+    first = make_trainer(make_strategy("local_sgd"), max_epochs=1, enable_checkpointing=True, callbacks=[saving])
+    first.fit(Classifier(), stream(0, 3))
+
+    class Breaks(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                raise RuntimeError("of the user's")
+
+    trainer, module = make_trainer(make_strategy("local_sgd"), max_epochs=1, callbacks=[Breaks()]), Noting()
+    with pytest.raises(RuntimeError, match="of the user's"):
+        trainer.fit(module, stream(0, 6), ckpt_path=tmp_path / "middle.ckpt")
+    left, module.first = clone_state(module.net), None
+    assert_equal_states(fit_again(trainer, module), left, exactly=True)
 
 
 class Hooked(Classifier):
