@@ -216,14 +216,23 @@ def optimizer(options: Any) -> list[Case]:
 
 def rates(options: Any) -> list[Case]:
     """Learning rates, judged on the hold-out; with a seed that no other study uses."""
-    return [
-        replace(base(method, workers, 1000, options), lr=lr)
-        for method, workers in (("single", 1), ("ddp", 2), ("local_sgd", 8), ("resist", 2), ("resist", 8))
-        for lr in options.rates
-    ]
+    methods = [method for method in ORDER if method != "resist_growth"]
+    trained = [*((method, options.counts[0]) for method in methods), ("single", 1)]
+    return [replace(base(method, workers, 1000, options), lr=lr) for method, workers in trained for lr in options.rates]
+
+
+def own_rate(options: Any) -> list[Case]:
+    """The rate that all methods have, and a lower one for those whose hold-out is best at it in :func:`rates`."""
+    cases: list[Case] = []
+    for seed, method in product(range(options.seeds), ("resist", "resist_outer", "local_sgd", "diloco")):
+        usual = base(method, max(options.counts), seed, options)
+        cases += [usual, replace(usual, lr=options.low_lr)]
+    return cases
 
 
 STUDIES: dict[str, Callable[[Any], list[Case]]] = {
     study.__name__: study
-    for study in (main, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, optimizer, rates)
-}
+    for study in (
+        main, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, optimizer, own_rate, rates,
+    )
+}  # fmt: skip

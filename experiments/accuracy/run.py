@@ -7,8 +7,8 @@ python experiments/accuracy/run.py size=quarter folder=PATH    (the same, a quar
 python experiments/accuracy/run.py size=short folder=PATH      (the same, minutes a training, images of 16 x 16 pixels)
 python experiments/accuracy/run.py size=smoke out=/tmp/smoke   (seconds, on digits)
 
-Studies: main check design local_steps momentum batch_norm scale wire overlap outer optimizer rates. Options are key=value: see `Options`. A
-result is written as soon as it is there (results/STUDY.jsonl); a second call resumes from there, fresh=true begins anew.
+Studies: main check design local_steps momentum batch_norm scale wire overlap outer optimizer own_rate rates. Options are key=value: see
+`Options`. A result is written as soon as it is there (results/STUDY.jsonl); a second call resumes from there, fresh=true begins anew.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Options(cli.Command):
     width: float = option(0.5, "1.0 is the paper's width", above=0, quarter=0.25, short=0.125, smoke=0.0625)
     deep: int = option(9, "blocks in section 3; all but the first are partitioned", least=3, most=64, smoke=3)
     lr: float = option(0.05, "highest learning rate", above=0, short=0.03, smoke=0.1)
+    low_lr: float = option(0.025, "the lower learning rate, in the study own_rate", above=0, short=0.015)
     muon_lr: float = option(0.002, "highest learning rate of Muon, in the study optimizer", above=0)
     schedule: str = option("one_cycle", "schedule of the learning rate", choices=("one_cycle", "steps"), short="steps")
     smoothing: float = option(0.1, "label smoothing", least=0, below=1, short=0.0)
@@ -88,7 +89,7 @@ class Options(cli.Command):
     wires: list[str] = option(list(WIRES), "formats on the wire", choices=WIRES, smoke=["fp32", "int2"])
     outer_momenta: list[float] = option(list(MOMENTA), "of the outer step", least=0, below=1, smoke=[0.5, 0.9])
     lengths: list[int] = option([10, 25, 50, 100, 250, 500], "local steps per round", least=1, smoke=[2, 10])
-    rates: list[float] = option([0.01, 0.03, 0.1], "learning rates", above=0, smoke=[0.1])
+    rates: list[float] = option([0.025, 0.05, 0.1, 0.2], "learning rates", above=0, smoke=[0.1])
 
     def __post_init__(self) -> None:
         if self.data != "digits" and self.folder is None:

@@ -219,17 +219,27 @@ def optimizer(content: Content) -> Grid:
 
 
 def rates(content: Content) -> Grid:
+    return _by_rate(content, "Learning rates", "last_holdout", "hold-out accuracy, %")
+
+
+def own_rate(content: Content) -> Grid:
+    return _by_rate(content, "Own learning rates", "last", "test accuracy, %")
+
+
+def _by_rate(content: Content, title: str, column: str, unit: str) -> Grid:
     found, lines = distinct(content["rows"], "lr"), []
     for (method, workers), own in grouped(content["rows"], "method", "workers", titles=TITLES):
-        cells = [mean_of(chosen(own, lr=lr), "last_holdout") for lr in found]
+        cells = [mean_of(chosen(own, lr=lr), column) for lr in found]
         lines.append([f"{TITLES[method]}, S = {workers}", *cells])
-    return Grid("Learning rates", ["hold-out accuracy, %", *(f"lr {lr:g}" for lr in found)], lines)
+    return Grid(title, [unit, *(f"lr {lr:g}" for lr in found)], lines)
 
 
 STUDIES = {"main": (conditions, summary, main)} | {
     make.__name__: (make,)
-    for make in (check, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, optimizer, rates)
-}
+    for make in (
+        check, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, optimizer, own_rate, rates,
+    )
+}  # fmt: skip
 TABLES = (
     page_tables(RESULTS, STUDIES, "accuracy_")
     | page_tables(JPEG, STUDIES, "accuracy_jpeg_")
