@@ -53,7 +53,7 @@ BAD_VALUES = {
     "strategy.timeout.seconds=0": r"strategy\.timeout\.seconds=0: must be a number, above 0",
     "strategy.parallel_devices=[cpu]": r"strategy\.parallel_devices=\['cpu'\].*trainer\.devices=2",
     "strategy.seed=${nope}": r"strategy\.seed: cannot be resolved",
-    "strategy=ist": r"strategy=ist with preact_resnet.*refuses residual networks.*fully connected ones \(model=mlp\)",
+    "strategy=ist strategy.layers=*": r"strategy=ist with preact_resnet.*cannot be dealt out.*in residual networks",
     "model=mlp": r"strategy=resist with mlp .*No residual block.*strategy=ist fully connected ones",
     "strategy.devices_per_worker=2 trainer.devices=3": r"devices_per_worker=2 does not divide the 3 processes",
     "strategy=auxnet strategy.method=al": r"strategy\.method=al: must be one of delayed, penalty, al-net",

@@ -1,4 +1,4 @@
-"""A network with a forward that the test writes, and the error if its neurons cannot be dealt out."""
+"""A network with a forward that the test writes, and the error where all of its neurons should be dealt out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Net(nn.Module):
         return self.computes(self, x)
 
 
-def refusal(module, choice=None):
+def refusal(module, choice="*"):
     with pytest.raises(LayerSelectionError) as raised:
         find_neurons(module, choice)
     return str(raised.value)

@@ -251,4 +251,4 @@ def test_a_residual_network_is_referred_to_resist() -> None:
 
 
 def train_residual(worker: int) -> None:
-    fit(worker, Classifier("preact"), 2, make_strategy("ist"))
+    fit(worker, Classifier("preact"), 2, make_strategy("ist", layers="*"))

@@ -26,8 +26,9 @@ class NeuronConfig(GrowingConfig):
 
     Args:
         momentum: as in the other methods, but always ``reset`` by default: a worker could keep only a small part.
-        layers: layers whose neurons are dealt out: None (all hidden layers), a glob or several over the names of
-            layers, or a predicate of (name, module).
+        layers: layers whose neurons are dealt out: None (all hidden layers that can be divided; the others stay whole),
+            a glob or several over the names of layers, or a predicate of (name, module), which must choose none that
+            cannot be divided.
         min_share: minimum share of the neurons of each hidden layer that a worker holds, from 0 to 1. Above
             1 / workers, several workers hold a neuron, and its values are averaged at a sync. 0: one holder for each
             neuron, as in the paper. None, the default: one holder with two workers; half of the neurons with more,

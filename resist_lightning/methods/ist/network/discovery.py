@@ -30,14 +30,14 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None, trained: Collect
     Args:
         module: the user's module, a LightningModule or any other; nothing in it is changed. One without a forward of
             its own is traced child by child, and inputs and outputs of a child are whole.
-        choice: None for all hidden layers but those that neither train themselves nor are read by layers that do; a
-            glob or a list of globs that match the last parts of their names (``"encoder.*"``), or a predicate of (name,
-            module), which is asked for each hidden layer. Layers that are not chosen stay whole, and are shared.
+        choice: None for all hidden layers that can be divided, but those that neither train themselves nor are read by
+            layers that do; a glob or a list of globs that match the last parts of their names (``"encoder.*"``), or a
+            predicate of (name, module), which is asked for each hidden layer. The others stay whole, and are shared.
         trained: ids of the parameters that optimizers have; None if they are not known yet.
 
     Raises:
-        LayerSelectionError: if the module cannot be traced, has no hidden layer, a glob or predicate chooses none, or
-            a chosen layer cannot be divided.
+        LayerSelectionError: if the module cannot be traced, has no hidden layer that can be divided, a glob or
+            predicate chooses none, or a layer that it chooses cannot be divided.
     """
     traces = trace(module, _chooser(choice), trained)
     # A user who names the layers has decided which of two equal networks is meant.
@@ -62,6 +62,11 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None, trained: Collect
         accessed.update(flow.accessed)
     _add_problems_of_tensors(module, layers, accessed)
     chosen = _choose(module, layers, choice)
+    whole: list[Layer] = []
+    if choice is None:
+        whole = [layer for layer in chosen if layer.problems]
+    if len(whole) < len(chosen):
+        chosen = [layer for layer in chosen if layer not in whole]
     # Only now: layers that are not chosen may have problems, and stay whole.
     _refuse(chosen, layers)
     assumed = []
@@ -69,7 +74,7 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None, trained: Collect
         switches = _switches(traced.defaults)
         if switches:
             assumed.append((traced.prefix.rstrip("."), switches))
-    return replace(_assemble(chosen), assumed=tuple(assumed))
+    return replace(_assemble(chosen), assumed=tuple(assumed), whole=tuple(layer.name for layer in whole))
 
 
 def _is_trained(module: nn.Module, layer: Layer, trained: Collection[int] | None) -> bool:
@@ -80,11 +85,18 @@ def _is_trained(module: nn.Module, layer: Layer, trained: Collection[int] | None
 
 
 def describe(neurons: Neurons) -> str:
-    """The modules that share each hidden layer's neurons, one line a layer.
+    """The modules that share each hidden layer's neurons, one line a layer, and the names of layers that stay whole.
 
     ``net.0 (512 neurons): rows of net.0, net.1; columns of net.4``
     """
-    return "\n".join(_line(neurons, index) for index in range(len(neurons.layers)))
+    count, whole = len(neurons.layers), neurons.whole
+    lines = [_line(neurons, index) for index in range(min(count, _SHOWN))]
+    if count > _SHOWN:
+        lines.append(f"And {count - _SHOWN} more hidden layers.")
+    if whole:
+        more = f" and {len(whole) - _SHOWN} more" if len(whole) > _SHOWN else ""
+        lines.append(f"Whole, as IST cannot divide them: {', '.join(whole[:_SHOWN])}{more} (layers='*' says why).")
+    return "\n".join(lines)
 
 
 def _line(neurons: Neurons, index: int) -> str:

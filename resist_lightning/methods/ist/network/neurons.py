@@ -97,6 +97,7 @@ class Neurons:
         assumed: name of a module that was traced, and the values that optional arguments of its forward had then. With
             other values the neurons may go elsewhere.
         passed: the places where hooks see them.
+        whole: names of hidden layers that cannot be divided, where the user has named none.
     """
 
     layers: tuple[HiddenLayer, ...]
@@ -106,3 +107,4 @@ class Neurons:
     rescaled_if_frozen: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
     assumed: tuple[tuple[str, dict[str, object]], ...] = ()
     passed: tuple[Passed, ...] = field(default=(), compare=False, repr=False)
+    whole: tuple[str, ...] = field(default=(), compare=False, repr=False)

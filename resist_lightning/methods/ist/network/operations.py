@@ -189,8 +189,8 @@ _HINTS = {
 def _combined(name: str) -> str:
     if name in _ADDITIONS:
         return (
-            f"are combined by {name} with another value of the network; IST refuses residual networks: "
-            'strategy="resist" deals out their blocks'
+            f"are combined by {name} with another value of the network; in residual networks "
+            'strategy="resist" deals out the blocks'
         )
     if name in _JOINS:
         return f"are concatenated ({name}) with other values"

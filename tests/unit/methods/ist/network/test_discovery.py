@@ -284,11 +284,21 @@ def test_a_glob_matches_the_last_parts_of_a_name():
     assert found(nn.Sequential(chain(3, 5, 6), nn.ReLU(), chain(6, 7, 2)), "0.0") == ["0.0"]
 
 
-def test_only_chosen_layers_must_be_fit():
+def test_layers_that_cannot_be_divided_stay_whole_unless_they_are_named():
     net = nn.Sequential(nn.Linear(3, 5), nn.Softmax(1), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
-    with pytest.raises(LayerSelectionError, match="'0' cannot"):
-        find_neurons(net)
-    assert found(net, "2") == ["2"]
+    assert found(net) == found(net, "2") == ["2"]
+    assert describe(find_neurons(net)).endswith("\nWhole, as IST cannot divide them: 0 (layers='*' says why).")
+    assert "Whole" not in describe(find_neurons(net, "2"))
+    for choice in ("*", "0"):
+        with pytest.raises(LayerSelectionError, match="'0' cannot"):
+            find_neurons(net, choice)
+
+
+def test_of_many_layers_some_are_listed():
+    whole = [part for _ in range(7) for part in (nn.Linear(3, 3), nn.Softmax(1))]
+    text = describe(find_neurons(nn.Sequential(*whole, *chain(*[3] * 9))))
+    assert text.count(" neurons): rows of") == 5
+    assert "\nAnd 2 more hidden layers.\nWhole, as IST cannot divide them: 0, 2, 4, 6, 8 and 2 more (lay" in text
 
 
 def test_of_a_transformer_the_perceptrons_are_dealt_out_and_heads_are_refused_by_name():
