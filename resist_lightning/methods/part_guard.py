@@ -101,8 +101,9 @@ class PartGuard:
         # Outside of a training step either sign is suspicious; in a plain loop only both together are.
         elif not module.training and (self.stepping is False or not recording):
             self.refuse(name, "evaluate")
-        elif not module.training or (self.stepping is False and not recording):
-            self._warn("evaluates" if not module.training else "calls, without gradients and outside a training step,")
+        # A hook of the program that looks at outputs, say; one that trains in it may ignore the warning.
+        elif not module.training or self.stepping is False:
+            self._warn("evaluates" if not module.training else "calls, outside a training step,")
 
     def _warn(self, what: str) -> None:
         if what not in self._warned:

@@ -211,6 +211,13 @@ class EvalModeInStep(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+class LooksBeforeStep(Classifier):
+    """Calls the network in a hook, as in training: the stage would take the call for a batch of its own."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[0])
+
+
 class CallsParts(Classifier):
     """Calls the network's parts, not the network."""
 
@@ -223,9 +230,10 @@ class CallsParts(Classifier):
 
 ODD: dict[type[Classifier], tuple[type[Exception], str]] = {
     CallsTwice: (RuntimeError, "Call the network once per training_step"),
-    EvaluatesInStep: (PartialModelError, "Evaluate through the Trainer"),
+    EvaluatesInStep: (PartialModelError, "Evaluate in validation hooks"),
     CallsParts: (PartialModelError, "Call net as a whole in training, not its parts"),
-    EvalModeInStep: (PartialModelError, "Evaluate through the Trainer"),
+    EvalModeInStep: (PartialModelError, "Evaluate in validation hooks"),
+    LooksBeforeStep: (PartialModelError, "outside training_step"),
 }
 
 

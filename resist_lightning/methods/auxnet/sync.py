@@ -277,10 +277,12 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         chain = self._layout.chain
         assert chain is not None
         assert self.stage_worker is not None
-        if not (chain.network.training and torch.is_grad_enabled()):
+        # Outside of a training step the call would take part in the next step's late gradients, or guesses.
+        in_step = self.part_guard.stepping is not False
+        if not (in_step and chain.network.training and torch.is_grad_enabled()):
             raise PartialModelError(
                 f"worker {self._worker} has one stage of {chain.name or 'the module'} only, and was asked to evaluate "
-                "it: it is in eval mode, or no gradients are recorded. Evaluate through the Trainer, or inside "
+                "it: outside training_step, in eval mode, or without gradients. Evaluate in validation hooks or inside "
                 "`engine.full_model()`; to train with frozen batch norms, set those to eval mode, not the network."
             )
         given = [value for value in options.values() if value is not None]

@@ -125,6 +125,7 @@ class Looking(Classifier):
         with strategy.engine.full_model():
             self.full.append(float(self.eval()(images).detach().sum()))
         self.train()
+        self(images)  # in training mode and with gradients, as hooks are called
 
     def on_validation_end(self) -> None:
         self.full.append(float(copy.deepcopy(self.net)(batch_of(0, 0)[0]).detach().sum()))
@@ -145,5 +146,6 @@ def test_hooks_outside_the_training_step_are_told_where_the_full_model_is(face: 
         assert len(said) == 3
         assert all("trainer.strategy.engine" in text and f"worker {worker}" in text for text in said)
         assert full == pytest.approx([full[0]] * 2)
-        assert len(warned) == 1
+        assert len(warned) == 2
         assert "evaluates the part of the network" in warned[0]
+        assert "calls, outside a training step, the part of the network" in warned[1]
