@@ -47,7 +47,7 @@ def test_bytes_and_memory_are_those_that_workers_over_real_links_counted() -> No
     found, counted = tables.closed_forms(settings)
 
     by_method = {one.method: one for one in found}
-    assert by_method.keys() == {"ddp", "local_sgd", "diloco", "resist", "resist_outer"}
+    assert by_method.keys() == {"ddp", "local_sgd", "diloco", "resist", "resist_outer", "ist"}
     for method in ("local_sgd", "resist"):
         one = by_method[method]
         assert one.sync_bytes == pytest.approx(measured[method]["bytes_per_sync"]["counted"], rel=0.05)
