@@ -96,7 +96,7 @@ def _round_axis(axes: Axes, rounds: int, blocks: int) -> None:
 
 
 def draw_neurons(path: Path, summary: Mapping[str, Any]) -> Path:
-    """Draw the holders of neurons of the first hidden layer, of some neurons in the first rounds."""
+    """Draw the holders of neurons of the first divided layer, of some neurons in the first rounds."""
     neurons, workers = summary["neurons"], summary["workers"]
     holders, shown = neurons["holders"], neurons["shown"]
     some = "" if len(shown) == neurons["width"] else f"; one neuron in {shown[1]} is shown"
@@ -104,7 +104,7 @@ def draw_neurons(path: Path, summary: Mapping[str, Any]) -> Path:
     for before, after in pairwise(holders):
         changed += [old != new for old, new in zip(before, after, strict=True)]
     moved = f"; each round, {sum(changed) / len(changed):.0%} of the neurons change hands" if changed else ""
-    title = f"Who held which neuron of {neurons['layer']}, the first hidden layer: {neurons['width']} neurons, {workers} workers"
+    title = f"Who held which of the {neurons['width']} neurons of {neurons['layer']}"
     with drawn(path, 10, 5.2, title, f"{_rounds(len(holders), summary)}{some}{moved}") as figure:
         axes = figure.add_subplot()
         colours = ListedColormap([_colour(worker) for worker in range(workers)])
